@@ -1,0 +1,253 @@
+"""Config, every preset, and the command line they make: each field below is a flag of train.py.
+
+`python configs.py` prints the presets with parameters and GFLOPs counted from the networks themselves.
+"""
+import argparse
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass
+
+
+def flag_of(name):
+    return "--" + name.replace("_", "-")
+
+
+def nearest(word, known):
+    """'; did you mean X?' for the known word that resembles this one most, or ''."""
+    match = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def one_of(default, *choices):
+    return dataclasses.field(default=default, metadata={"choices": choices})
+
+
+def only(where, default, *choices):
+    """A field that has a meaning only for these networks or this process; elsewhere setting it is an error."""
+    return dataclasses.field(default=default, metadata={"only": where.split(), "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    # Data
+    data: str = ""                    # what --data takes; "" where it must be passed
+    xflip: bool = False               # mirror half of the images
+    # Network
+    model: str = one_of("diffit", "diffit", "dit", "unet")
+    input_size: int = 32              # height and width of x: pixels, or latents of 1/8 of the pixels
+    in_channels: int = 3              # 3 for pixels, 4 for latents
+    num_classes: int = 0              # 0: unconditional
+    class_dropout_prob: float = 0.1   # share of labels replaced by "no class", for guidance
+    learn_sigma: bool = False         # a second set of output channels for the variance (ddpm)
+    num_heads: int = 4
+    mlp_ratio: float = 4.0            # hidden width of the MLPs / width
+    patch_size: int = only("diffit dit", 0)         # pixels or latents on a side of a token
+    hidden_size: int = only("diffit dit", 0)        # width D
+    depth: int = only("diffit dit", 0)              # blocks
+    channels: tuple = only("unet", ())              # width at each resolution, finest first
+    blocks: tuple = only("unet", ())                # ResBlocks at each resolution
+    window: int = only("unet", 8)                   # side of an attention window, tokens
+    cond_size: int = only("unet", 512)              # width of the time token
+    dropout: float = only("unet", 0.0)
+    # Process
+    process: str = one_of("ddpm", "ddpm", "edm")
+    timesteps: int = only("ddpm", 1000)             # T
+    schedule: str = only("ddpm", "linear", "linear", "cosine")
+    fixed_variance: str = only("ddpm", "small", "small", "large")  # used without learn_sigma
+    sigma_data: float = only("edm", 0.5)            # standard deviation of the data
+    p_mean: float = only("edm", -1.2)               # training noise: ln sigma ~ N(p_mean, p_std^2)
+    p_std: float = only("edm", 1.2)
+    sigma_min: float = only("edm", 0.002)           # range and spacing of the sampler's sigmas
+    sigma_max: float = only("edm", 80.0)
+    rho: float = only("edm", 7.0)
+    # Sampling
+    sampler: str = one_of("ddpm", "ddpm", "ddim", "dpmpp", "heun")
+    steps: int = 250                  # noise levels visited
+    clip: bool = False                # keep x_0 in [-1, 1] on the way (pixels only)
+    cfg: float = 1.0                  # guidance scale; 1: none
+    cfg_schedule: str = one_of("constant", "constant", "power-cosine")  # power-cosine: over timesteps (ddpm)
+    cfg_channels: int = 0             # guide only the first channels; 0: all
+    cfg_interval: tuple = ()          # guide only at noise levels sigma from LOW to HIGH; (): at all
+    eta: float = 0.0                  # ddim's noise: 0 none, 1 as much as ddpm
+    # Training
+    kimg: float = 1000.0              # length, thousands of images
+    batch_size: int = 256             # images a step, over all processes
+    micro_batch: int = 0              # images a forward pass; 0: the whole batch at once
+    lr: float = 1e-4
+    lr_rampup_kimg: float = 0.0       # linear ramp from 0
+    lr_decay: str = one_of("constant", "constant", "cosine")  # cosine: to 0 at the end
+    beta2: float = 0.999              # Adam's second beta; the first is 0.9, eps 1e-8
+    weight_decay: float = 0.0         # AdamW's, decoupled
+    grad_clip: float = 0.0            # largest gradient norm; 0: no limit
+    ema_decay: float = 0.0            # per step; 0: by half-life instead
+    ema_halflife_kimg: float = 500.0
+    ema_rampup: float = 0.05          # half-life at most this share of the images seen; 0: no ramp
+    seed: int = 0
+    # Machine
+    precision: str = one_of("auto", "auto", "bf16", "fp32")   # auto: bf16 where the hardware is fast at it
+    compile: bool = False             # torch.compile each block
+    workers: int = 2                  # processes that read data
+    # Output
+    tick_kimg: float = 10.0           # between log lines
+    sample_kimg: float = 1000.0       # between sample grids
+    save_kimg: float = 1000.0         # between checkpoints that stay; last.pt is written at each, and at the end
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, flag = getattr(self, field.name), flag_of(field.name)
+            choices, where = field.metadata.get("choices"), field.metadata.get("only")
+            if choices and value not in choices:
+                raise ValueError(f"{flag} {value} is unknown; it takes {', '.join(choices)}" + nearest(str(value), choices))
+            if where and self.model not in where and self.process not in where and value != field.default:
+                raise ValueError(f"{flag} has no meaning here: it belongs to {' and '.join(where)}, and this is {self.model} with {self.process}")
+            if isinstance(value, (int, float)) and not (math.isfinite(value) and (value >= 0 or field.name == "p_mean")):
+                raise ValueError(f"{flag} {value} is out of range; it must be 0 or more")
+        sizes = ["channels", "blocks", "window", "cond_size"] if self.model == "unet" else ["patch_size", "hidden_size", "depth"]
+        for name in sizes + ["input_size", "in_channels", "num_heads", "mlp_ratio", "steps", "kimg", "batch_size", "lr", "tick_kimg",
+                             "sample_kimg", "save_kimg", "timesteps", "sigma_data", "sigma_min", "sigma_max", "rho", "p_std"]:
+            if not getattr(self, name) or (isinstance(getattr(self, name), tuple) and min(getattr(self, name)) < 1):
+                raise ValueError(f"{flag_of(name)} must be above 0 for {self.model}; give one, or start from a preset")
+        if self.micro_batch and self.batch_size % self.micro_batch:
+            raise ValueError(f"--micro-batch {self.micro_batch} does not divide --batch-size {self.batch_size}")
+        for name in ("class_dropout_prob", "dropout", "beta2", "ema_decay"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{flag_of(name)} {getattr(self, name)} must be below 1")
+        if self.cfg != 1 and not self.num_classes:
+            raise ValueError(f"--cfg {self.cfg:g} is guidance by classes, and this network has none; pass --cfg 1")
+        if self.learn_sigma and self.process == "edm":
+            raise ValueError("--learn-sigma needs --process ddpm: EDM has no variance to learn")
+        if self.cfg_schedule == "power-cosine" and self.process == "edm":
+            raise ValueError("--cfg-schedule power-cosine needs --process ddpm: it is a function of the timestep")
+        if self.cfg_interval and len(self.cfg_interval) != 2:
+            raise ValueError(f"--cfg-interval {self.cfg_interval} must be two numbers, LOW,HIGH")
+        if self.process == "ddpm" and self.steps > self.timesteps:
+            raise ValueError(f"--steps {self.steps} is more than the process has: choose from 1 to {self.timesteps}")
+
+
+# ---------------------------------------------------------------------------------------------
+# Presets. Where the sources disagree, the note says what was chosen.
+
+PRESETS, SOURCES = {}, {}             # name -> Config, name -> (source, reported FID or None)
+
+
+def preset(name, source, fid, **fields):
+    PRESETS[name], SOURCES[name] = Config(**fields), (source, fid)
+
+
+# Built in: minutes on two CPU cores. Sizes and rates were tuned for the share of samples that a classifier recognises.
+preset("shapes", "this project", None, data="shapes", model="diffit", num_classes=10, patch_size=4, hidden_size=128,
+       depth=4, num_heads=4, process="edm", p_mean=-0.4, p_std=1.3, sampler="heun", steps=18, cfg=1.5, kimg=70, batch_size=64,
+       lr=2e-3, lr_rampup_kimg=2, lr_decay="cosine", beta2=0.99, grad_clip=1.0, ema_halflife_kimg=4, ema_rampup=0.1,
+       workers=1, tick_kimg=1, sample_kimg=10, save_kimg=70)
+
+# DiffiT, image space: Tables S.2, S.3. Blocks per resolution: S.2 and H.1 say 4; I.1 says 1,2,2,2 and 2. Heads: not said.
+# "Strictly follows EDM" (H.1): its process, ramp, EMA and dropout; iterations, batch and rate are DiffiT's.
+EDM_UNET = dict(model="unet", process="edm", sampler="heun", lr_rampup_kimg=10_000, ema_halflife_kimg=500, xflip=True, workers=4,
+                tick_kimg=50, sample_kimg=1000, save_kimg=5000)
+preset("cifar10", "DiffiT Table 1", 1.95, **EDM_UNET, input_size=32, channels=(128, 256, 256), blocks=(2, 2, 2), window=4,
+       dropout=0.13, steps=18, batch_size=512, lr=1e-3, kimg=102_400)
+preset("ffhq64", "DiffiT Table 1", 2.22, **EDM_UNET, input_size=64, channels=(128, 256, 256, 256), blocks=(4, 4, 4, 4), window=8,
+       dropout=0.05, steps=40, batch_size=256, lr=2e-4, kimg=51_200)
+
+# DiffiT, latent: Sec. 4.2. The text says 30 layers, the published weights and Table 9's 561M say 28. Length: Fig. 7b's 1000k steps.
+LATENT = dict(in_channels=4, num_classes=1000, learn_sigma=True, patch_size=2, hidden_size=1152, num_heads=16, ema_decay=0.9999,
+              cfg_channels=3, workers=4, tick_kimg=50, sample_kimg=2000, save_kimg=10_000)
+imagenet256 = dict(LATENT, model="diffit", input_size=32, batch_size=256, lr=3e-4, kimg=256_000, cfg=4.4, cfg_schedule="power-cosine")
+preset("imagenet256",         "DiffiT Table 2, release", 1.73, **imagenet256, depth=28)
+preset("imagenet256-depth30", "DiffiT appendix H.2",     None, **imagenet256, depth=30)
+preset("imagenet512",         "DiffiT Table 2, release", 2.67, **LATENT, model="diffit", depth=28, input_size=64, batch_size=512, lr=1e-4,
+       kimg=512_000, cfg=1.49)
+
+# DiT: sizes from Table 1, training from Sec. 4: 400k steps of 256; XL/2 7M at 256 pixels, 3M at 512.
+for size, depth, width, heads in [("s", 12, 384, 6), ("b", 12, 768, 12), ("l", 24, 1024, 16), ("xl", 28, 1152, 16)]:
+    for patch in (2, 4, 8):
+        best = (size, patch) == ("xl", 2)
+        preset(f"dit-{size}-{patch}", "DiT Tables 1, 2" if best else "DiT Table 1", 2.27 if best else None,
+               **dict(LATENT, model="dit", xflip=True, depth=depth, hidden_size=width, num_heads=heads, patch_size=patch, lr=1e-4,
+                      kimg=1_792_000 if best else 102_400, cfg=1.5))
+preset("dit-xl-2-512", "DiT Table 3", 3.04, **LATENT, model="dit", xflip=True, depth=28, input_size=64, lr=1e-4, kimg=768_000, cfg=1.5)
+
+# CIFAR-100 in pixels: DiTs of about equal size, traded between width and depth; sampled in 250 steps.
+for width, depth, heads in [(450, 6, 9), (384, 12, 6), (440, 6, 8), (420, 6, 6), (512, 4, 8)]:
+    preset(f"cifar100-{width}x{depth}", "this project", None, model="dit", num_classes=100, learn_sigma=True, patch_size=2,
+           hidden_size=width, depth=depth, num_heads=heads, clip=True, ema_decay=0.9999, xflip=True, lr=1e-4, kimg=102_400, workers=4,
+           tick_kimg=50, sample_kimg=1000, save_kimg=5000)
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose every error is one sentence and exit code 2, with the nearest name for an unknown flag."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def parse_args(self, args=None):
+        args, unknown = self.parse_known_args(args)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            self.error(f"unknown argument {flag}" + (nearest(flag, self._option_string_actions) or f"; --help lists them"))
+        return args
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+    def add_config(self, names=None):
+        """A flag for each field of Config, or for those named; what is not given leaves no trace in the result."""
+        group = self.add_argument_group("the configuration (configs.py explains each field; presets and checkpoints set them)")
+        for field in dataclasses.fields(Config):
+            if names is None or field.name in names:
+                kind = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"type": numbers, "metavar": "A,B,..."}}
+                how = kind.get(field.type, {"type": field.type, "metavar": field.type.__name__.upper()})
+                group.add_argument(flag_of(field.name), default=argparse.SUPPRESS, **how)
+
+
+def numbers(text):
+    """'4,4,2' -> (4, 4, 2); whole numbers stay whole."""
+    return tuple(int(part) if part.strip().lstrip("-").isdigit() else float(part) for part in text.split(",") if part)
+
+
+def config_from(name, given):
+    """The preset with the flags that were given (a dict). What the preset set for another network or process, and the
+    flags now replaced, falls back to its default. ValueError for an unknown preset or values that do not fit."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}{nearest(name, PRESETS)} (python configs.py lists them)")
+    values = {**dataclasses.asdict(PRESETS[name]), **given}
+    for field in dataclasses.fields(Config):
+        where = field.metadata.get("only")
+        if where and field.name not in given and values["model"] not in where and values["process"] not in where:
+            values[field.name] = field.default
+    return Config(**values)
+
+
+# ---------------------------------------------------------------------------------------------
+# python configs.py
+
+def measure(cfg):
+    """-> trained parameters, multiply-adds of one forward pass of one image, tokens; counted on the meta device."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    import diffit                     # for this table alone: as a module, configs needs no other file
+    with torch.device("meta"):
+        model = diffit.build(cfg).eval()
+        x, t = torch.empty(1, cfg.in_channels, cfg.input_size, cfg.input_size), torch.zeros(1)
+        with FlopCounterMode(display=False) as counter:
+            model(x, t)
+    trained = sum(p.numel() for p in model.parameters())
+    return trained, counter.get_total_flops() / 2, (cfg.input_size // (cfg.patch_size or 1)) ** 2
+
+
+def main():
+    Parser(prog="configs.py", description="Print every preset.").parse_args()
+    print(f"{'preset':22}{'network':9}{'parameters':>11}{'GFLOPs':>9}{'tokens':>8}{'FID':>7}  source\n"
+          f"{'':42}(multiply-adds)  (reported)")
+    for name, cfg in PRESETS.items():
+        parameters, flops, tokens = measure(cfg)
+        source, fid = SOURCES[name]
+        print(f"{name:22}{cfg.model:9}{parameters / 1e6:10.2f}M{flops / 1e9:9.2f}{tokens:8}{fid or '-':>7}  {source}")
+
+
+if __name__ == "__main__":
+    main()

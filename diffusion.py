@@ -1,0 +1,360 @@
+"""The processes that add noise, what is learned of them, and the samplers that take noise away again.
+
+A process is `Diffusion` (DDPM: integer timesteps 0..T-1) or `EDM` (a continuous noise level sigma).
+At each level an image is x = a x0 + s eps, and everything below needs only four things of a process:
+
+    draw(B)              random levels for a training batch
+    loss(f, x0, t)       what training minimises, for each image
+    levels(n)            n levels from noise to clean, for a sampler
+    predict(f, x, level) the clean image and the noise that the network sees in x
+
+f(x, t) is the network with its labels bound (`guided` below, or a lambda). Samplers step from each level
+of their list to the next one in it, and from the last one to the clean image: no strides, no special ends.
+Coefficients are float64 numbers on the CPU and meet the images as Python floats.
+"""
+import math
+
+import numpy as np
+import torch
+
+LOG2 = math.log(2.0)
+
+
+# ---------------------------------------------------------------------------------------------
+# DDPM (Ho et al. 2020) with learned variance (Nichol & Dhariwal 2021)
+
+class Diffusion:
+    """q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I), t = 0..T-1; the network predicts eps.
+
+    schedule: "linear" (betas 1e-4..0.02 at T = 1000, scaled for other T) or "cosine" (iDDPM eq. 17).
+    variance: "learned" (the network's second C channels interpolate, in log, between beta-tilde and
+    beta; iDDPM eq. 15), or fixed: "small" (beta-tilde) or "large" (beta)."""
+
+    def __init__(self, T=1000, schedule="linear", variance="learned"):
+        self.T, self.variance = T, variance
+        if schedule == "linear":
+            betas = np.linspace(0.1 / T, 20 / T, T, dtype=np.float64).clip(max=0.999)
+        elif schedule == "cosine":
+            f = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
+            betas = np.minimum(1 - f[1:] / f[:-1], 0.999)
+        else:
+            raise ValueError(f"unknown schedule {schedule!r}; there are linear and cosine")
+        if variance not in ("learned", "small", "large"):
+            raise ValueError(f"unknown variance {variance!r}; there are learned, small and large")
+        self.abar = np.cumprod(1 - betas)
+        previous = np.append(1.0, self.abar[:-1])
+        self.log_beta = np.log(betas)
+        posterior = betas * (1 - previous) / (1 - self.abar)               # beta-tilde, DDPM eq. 7
+        self.log_posterior = np.log(np.append(posterior[1], posterior[1:]))  # it is 0 at t = 0: the next one stands in
+        self.x0_coef = betas * np.sqrt(previous) / (1 - self.abar)         # posterior mean = x0_coef x_0 + xt_coef x_t
+        self.xt_coef = (1 - previous) * np.sqrt(1 - betas) / (1 - self.abar)
+
+    # ---- training
+
+    def draw(self, B, device="cpu"):
+        """Timesteps (B,), uniform."""
+        return torch.randint(self.T, (B,), device=device)
+
+    def loss(self, f, x0, t, noise=None):
+        """x0 (B, C, H, W), t (B,) -> {"loss", "mse", "vlb"}, each (B,). loss = mse of eps + VLB, in bits per
+        dimension, of the learned variance; the VLB sends no gradient to the mean (iDDPM Sec. 3.1)."""
+        noise = torch.randn_like(x0) if noise is None else noise
+        xt = self.at(np.sqrt(self.abar), t, x0) * x0 + self.at(np.sqrt(1 - self.abar), t, x0) * noise
+        eps, v = self.split(f(xt, t).to(x0.dtype), x0.shape[1])
+        mse = mean_flat((noise - eps) ** 2)
+        if v is None:
+            return {"loss": mse, "mse": mse}
+        vlb = self.vlb(x0, xt, t, eps.detach(), v)
+        return {"loss": mse + vlb, "mse": mse, "vlb": vlb}
+
+    def vlb(self, x0, xt, t, eps, v):
+        """One term of the variational bound, bits per dimension (B,): KL(q(x_t-1 | x_t, x_0) || p), or at
+        t = 0 the negative log-likelihood of the image under the discretised Gaussian (DDPM eq. 13)."""
+        pred = (xt - self.at(np.sqrt(1 - self.abar), t, xt) * eps) / self.at(np.sqrt(self.abar), t, xt)
+        mean = self.at(self.x0_coef, t, xt) * pred + self.at(self.xt_coef, t, xt) * xt
+        true = self.at(self.x0_coef, t, xt) * x0 + self.at(self.xt_coef, t, xt) * xt
+        low, high = self.at(self.log_posterior, t, xt), self.at(self.log_beta, t, xt)
+        logvar = low + (v + 1) / 2 * (high - low)
+        kl = 0.5 * (logvar - low - 1 + (low - logvar).exp() + (true - mean) ** 2 * (-logvar).exp())
+        nll = -discretized_gaussian_log_likelihood(x0, mean, 0.5 * logvar)
+        return torch.where(t == 0, mean_flat(nll), mean_flat(kl)) / LOG2
+
+    # ---- sampling
+
+    def levels(self, n):
+        """The n timesteps that a sampler visits, from noise to clean."""
+        return spaced(self.T, n)[::-1]
+
+    def scales(self, level):
+        """(a, s) of x = a x0 + s eps at this timestep; None is the clean image."""
+        return (1.0, 0.0) if level is None else (math.sqrt(self.abar[level]), math.sqrt(1 - self.abar[level]))
+
+    def prior(self, noise, level):
+        """Where sampling starts: unit noise (abar_T is almost 0)."""
+        return noise
+
+    def noise_level(self, t):
+        """sigma = s / a (B,) at timesteps t (B,)."""
+        return self.at(np.sqrt(1 / self.abar - 1), t, torch.empty(len(t), device=t.device))
+
+    def predict(self, f, x, level, clip=False):
+        """-> x0, eps, and the raw variance channels (None when the variance is fixed). With clip, x0 is
+        kept in [-1, 1] and eps is what then remains."""
+        a, s = self.scales(level)
+        eps, v = self.split(f(x, torch.full((len(x),), level, device=x.device)).to(x.dtype), x.shape[1])
+        x0 = (x - s * eps) / a
+        if clip:
+            x0 = x0.clamp(-1, 1)
+            eps = (x - a * x0) / s
+        return x0, eps, v
+
+    # ---- helpers
+
+    def split(self, out, C):
+        """The network's output -> eps and raw variance (None when the variance is fixed)."""
+        wanted = 2 * C if self.variance == "learned" else C
+        if out.shape[1] != wanted:
+            raise ValueError(f"variance {self.variance!r} needs {wanted} output channels, the network has {out.shape[1]}; "
+                             f"set learn_sigma to {self.variance == 'learned'}")
+        return out.split(C, dim=1) if wanted > C else (out, None)
+
+    @staticmethod
+    def at(table, t, x):
+        """table (T,) at t (B,), shaped and typed to multiply x (B, ...)."""
+        return torch.as_tensor(table, dtype=x.dtype).to(x.device)[t].view(-1, *[1] * (x.dim() - 1))
+
+
+def discretized_gaussian_log_likelihood(x, mean, log_scale):
+    """log of the mass that N(mean, exp(log_scale)^2) gives to the 1/255-wide cell around each pixel of x
+    (images of 8 bits in [-1, 1]; the outer cells reach to infinity)."""
+    def cdf(z):
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z ** 3)))
+    inv = torch.exp(-log_scale)
+    upper, lower = cdf(inv * (x - mean + 1 / 255)), cdf(inv * (x - mean - 1 / 255))
+    mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    return mass.clamp(min=1e-12).log()
+
+
+def mean_flat(x):
+    """Mean over all but the batch: (B, ...) -> (B,)."""
+    return x.flatten(1).mean(1)
+
+
+def spaced(T, n):
+    """n timesteps evenly over 0..T-1, both ends included, ascending (one: the noisiest). ValueError unless 1 <= n <= T."""
+    if not 1 <= n <= T:
+        raise ValueError(f"{n} steps asked of a process with {T} timesteps; give a number from 1 to {T}")
+    if n == 1:
+        return [T - 1]
+    # A running sum, as in the reference: its rounding decides which of two neighbours is taken.
+    times, at = [], 0.0
+    for _ in range(n):
+        times.append(round(at))
+        at += (T - 1) / (n - 1)
+    return times
+
+
+# ---------------------------------------------------------------------------------------------
+# EDM (Karras et al. 2022)
+
+class EDM:
+    """x = x0 + sigma eps; the denoiser D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (EDM eq. 7, Table 1)
+    trained at ln sigma ~ N(p_mean, p_std^2)."""
+    variance = "small"
+
+    def __init__(self, sigma_data=0.5, p_mean=-1.2, p_std=1.2, sigma_min=0.002, sigma_max=80.0, rho=7.0):
+        self.sigma_data, self.p_mean, self.p_std = sigma_data, p_mean, p_std
+        self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
+
+    def draw(self, B, device="cpu"):
+        """Noise levels sigma (B,), log-normal."""
+        return (self.p_mean + self.p_std * torch.randn(B, device=device)).exp()
+
+    def loss(self, f, x0, sigma, noise=None):
+        """x0 (B, C, H, W), sigma (B,) -> {"loss", "mse"}, each (B,): the squared error of D, weighted by
+        (sigma^2 + sd^2) / (sigma sd)^2, and unweighted."""
+        noise = torch.randn_like(x0) if noise is None else noise
+        sigma = sigma.to(x0.dtype)
+        mse = mean_flat((self.denoise(f, x0 + sigma.view(-1, 1, 1, 1) * noise, sigma) - x0) ** 2)
+        return {"loss": (sigma ** 2 + self.sigma_data ** 2) / (sigma * self.sigma_data) ** 2 * mse, "mse": mse}
+
+    def denoise(self, f, x, sigma):
+        """D(x; sigma): x (B, C, H, W), sigma (B,) -> (B, C, H, W)."""
+        s, sd = sigma.view(-1, 1, 1, 1), self.sigma_data
+        norm = (s ** 2 + sd ** 2).sqrt()
+        return sd ** 2 / norm ** 2 * x + s * sd / norm * f(x / norm, sigma.log() / 4).to(x.dtype)
+
+    def levels(self, n):
+        """n sigmas from sigma_max to sigma_min, evenly in sigma^(1/rho) (EDM eq. 5)."""
+        if n < 1:
+            raise ValueError(f"{n} steps asked; give a number from 1")
+        high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
+        return [(high + i / max(n - 1, 1) * (low - high)) ** self.rho for i in range(n)]
+
+    def scales(self, level):
+        """(a, s) of x = a x0 + s eps at this sigma; None is the clean image."""
+        return 1.0, level or 0.0
+
+    def prior(self, noise, level):
+        """Where sampling starts: noise at the first sigma (the image in it drowns)."""
+        return level * noise
+
+    def noise_level(self, t):
+        """sigma (B,) from what the network is told, c_noise = ln(sigma) / 4."""
+        return (4 * t).exp()
+
+    def predict(self, f, x, level, clip=False):
+        """-> x0, eps, None (no learned variance). With clip, x0 is kept in [-1, 1]."""
+        x0 = self.denoise(f, x, torch.full((len(x),), level, dtype=x.dtype, device=x.device))
+        x0 = x0.clamp(-1, 1) if clip else x0
+        return x0, (x - x0) / level, None
+
+
+# ---------------------------------------------------------------------------------------------
+# Guidance: wraps a network, which knows nothing of it
+
+def guided(model, y, scale=1.0, channels=None):
+    """Classifier-free guidance (Ho & Salimans 2022): eps_null + s (eps_y - eps_null), both halves in one call.
+
+    model(x, t, y), y (B,) labels or None -> f(x, t). scale: a number, or a function of t (B,) such as
+    `power_cosine` or `interval`; where it is 1 for the whole batch the null half is not run. channels: guide
+    only the first so many (3 in the published DiT and DiffiT); the others, and the variance, come from the
+    conditional half. ValueError if labels are missing for a scale other than 1."""
+    if y is None and scale != 1.0:
+        raise ValueError(f"guidance of {scale} needs class labels, and this network has none; use a scale of 1")
+
+    def f(x, t):
+        s = torch.as_tensor(scale(t) if callable(scale) else scale, device=x.device, dtype=x.dtype)
+        if y is None or bool((s == 1).all()):
+            return model(x, t, y)
+        null = torch.full_like(y, model.num_classes)
+        cond, uncond = model(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, null])).chunk(2)
+        k = channels or x.shape[1]
+        eps = uncond[:, :k] + s.view(-1, 1, 1, 1) * (cond[:, :k] - uncond[:, :k])
+        return torch.cat([eps, cond[:, k:]], dim=1)
+    return f
+
+
+def power_cosine(scale, T=1000, power=4.0):
+    """The guidance of DiffiT-256: from 1 at t = T up to `scale` at t = 0, s(t) = 1 + (scale - 1)
+    (1 - cos(pi (1 - t/T)^power)) / 2, t the original timestep."""
+    return lambda t: 1 + (scale - 1) * (1 - torch.cos(math.pi * (1 - t.double() / T) ** power)) / 2
+
+
+def interval(scale, low, high, process):
+    """Guidance only at noise levels low <= sigma <= high (Kynkaanniemi et al. 2024). scale: a number or a function of t."""
+    def at(t):
+        sigma = process.noise_level(t)
+        inside = (low <= sigma) & (sigma <= high)
+        return torch.where(inside, torch.as_tensor(scale(t) if callable(scale) else scale, dtype=sigma.dtype, device=t.device), 1.0)
+    return at
+
+
+# ---------------------------------------------------------------------------------------------
+# Samplers: sampler(process, f, x, levels, ...): x (B, C, H, W) at levels[0] -> clean (B, C, H, W).
+# noise() gives the next fresh unit noise like x. clip keeps each x0 in [-1, 1] (pixels, never latents).
+
+def steps(process, levels):
+    """(level, a, s, a', s') for each step; the last one goes to the clean image, a' = 1 and s' = 0."""
+    for level, target in zip(levels, [*levels[1:], None]):
+        yield level, *process.scales(level), *process.scales(target)
+
+
+@torch.no_grad()
+def ddpm(process, f, x, levels, noise=None, clip=False):
+    """Ancestral sampling (DDPM alg. 2) along any list of levels, with the process's own variance."""
+    noise = noise or (lambda: torch.randn_like(x))
+    for level, a, s, a2, s2 in steps(process, levels):
+        x0, eps, v = process.predict(f, x, level, clip)
+        beta = s ** 2 - (a / a2 * s2) ** 2                                 # variance of this step, forward
+        x = a2 * beta / s ** 2 * x0 + a / a2 * s2 ** 2 / s ** 2 * x        # posterior mean, DDPM eq. 7
+        if s2 > 0:
+            low, high = math.log(beta * s2 ** 2 / s ** 2), math.log(beta)  # log of beta-tilde and of beta
+            logvar = {"learned": lambda: low + (v + 1) / 2 * (high - low),
+                      "small": lambda: torch.full_like(x, low), "large": lambda: torch.full_like(x, high)}[process.variance]()
+            x = x + (0.5 * logvar).exp() * noise()
+    return x
+
+
+@torch.no_grad()
+def ddim(process, f, x, levels, eta=0.0, noise=None, clip=False):
+    """DDIM (Song et al. 2021, eq. 12): eta 0 is deterministic, 1 has DDPM's small variance. For EDM, eta 0 is Euler."""
+    noise = noise or (lambda: torch.randn_like(x))
+    for level, a, s, a2, s2 in steps(process, levels):
+        x0, eps, _ = process.predict(f, x, level, clip)
+        beta = s ** 2 - (a / a2 * s2) ** 2
+        var = eta ** 2 * beta * s2 ** 2 / s ** 2                           # eq. 16
+        x = a2 * x0 + math.sqrt(s2 ** 2 - var) * eps
+        if var > 0:
+            x = x + math.sqrt(var) * noise()
+    return x
+
+
+@torch.no_grad()
+def heun(process, f, x, levels, clip=False):
+    """Heun's second-order method (EDM alg. 1) on d(x/a)/d(s/a) = eps; two network calls a step, one in the last."""
+    targets = [*levels[1:], None]
+    for target, (level, a, s, a2, s2) in zip(targets, steps(process, levels)):
+        eps = process.predict(f, x, level, clip)[1]
+        step = s2 / a2 - s / a
+        euler = a2 * (x / a + step * eps)
+        if target is not None:
+            eps2 = process.predict(f, euler, target, clip)[1]
+            euler = a2 * (x / a + step * (eps + eps2) / 2)
+        x = euler
+    return x
+
+
+@torch.no_grad()
+def dpmpp(process, f, x, levels, clip=False):
+    """DPM-Solver++(2M) (Lu et al. 2022, alg. 2): second order from the memory of the last x0, one call a step;
+    first order in the first step and in the last, which goes to s = 0."""
+    last, last_h = None, None
+    for level, a, s, a2, s2 in steps(process, levels):
+        x0 = process.predict(f, x, level, clip)[0]
+        if s2 == 0:
+            return a2 * x0
+        h = math.log(a2 / s2) - math.log(a / s)                            # step in log signal-to-noise
+        D = x0 if last is None else x0 + h / last_h / 2 * (x0 - last)
+        x = s2 / s * x - a2 * math.expm1(-h) * D
+        last, last_h = x0, h
+
+
+# ---------------------------------------------------------------------------------------------
+# Timesteps by importance
+
+class LossAwareTimesteps:
+    """Timesteps drawn where the loss is large (iDDPM Sec. 3.3, "loss second moment"): p ~ sqrt(mean loss^2)
+    over the last `history` losses of each timestep, mixed with `uniform_prob` of uniform. Uniform until every
+    timestep has `history` losses. The weight 1 / (T p) keeps the loss's mean what it was."""
+
+    def __init__(self, T, uniform_prob=0.1, history=10):
+        self.T, self.uniform_prob = T, uniform_prob
+        self.losses = torch.zeros(T, history, dtype=torch.float64)        # the newest last
+        self.counts = torch.zeros(T, dtype=torch.int64)
+
+    def probabilities(self):
+        """(T,) float64, sums to 1."""
+        if (self.counts < self.losses.shape[1]).any():
+            return torch.full((self.T,), 1 / self.T, dtype=torch.float64)
+        p = (self.losses ** 2).mean(1).sqrt()
+        return (1 - self.uniform_prob) * p / p.sum() + self.uniform_prob / self.T
+
+    def sample(self, B, device="cpu"):
+        """-> timesteps (B,) and importance weights (B,) on device."""
+        p = self.probabilities()
+        t = torch.multinomial(p, B, replacement=True)
+        return t.to(device), (1 / (self.T * p[t])).float().to(device)
+
+    def update(self, t, losses):
+        """Remember the unweighted losses (B,) of timesteps t (B,); all processes must be given all of them."""
+        for i, loss in zip(t.tolist(), losses.double().tolist()):
+            self.losses[i] = torch.cat([self.losses[i, 1:], self.losses.new_tensor([loss])])
+            self.counts[i] += 1
+
+
+def build(cfg):
+    """The process that a Config describes (the only place in this file that knows of Config)."""
+    if cfg.process == "edm":
+        return EDM(cfg.sigma_data, cfg.p_mean, cfg.p_std, cfg.sigma_min, cfg.sigma_max, cfg.rho)
+    return Diffusion(cfg.timesteps, cfg.schedule, "learned" if cfg.learn_sigma else cfg.fixed_variance)

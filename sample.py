@@ -1,0 +1,283 @@
+"""Generation from a checkpoint, `python sample.py --ckpt FILE`, and scores of what was generated.
+
+Image i follows from (seed, i) alone: its noise, first and last, comes from a generator of its own, and so does not
+change with the batch size, the number of images or the order in which they are made.
+"""
+import dataclasses
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import diffit
+import diffusion
+from configs import Config, Parser
+
+
+# ---------------------------------------------------------------------------------------------
+# The machine
+
+def default_device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def fast_bf16(device):
+    """True where bf16 is faster than fp32: CUDA from Ampere on, CPUs with AMX. (Elsewhere it works, and is slower.)"""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_amx_tile_supported()
+
+
+def uses_bf16(precision, device):
+    """What --precision auto, bf16 or fp32 means on this device."""
+    return precision == "bf16" or (precision == "auto" and fast_bf16(device))
+
+
+def autocast(precision, device):
+    """The context in which networks run. Parameters, sums and losses stay fp32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bf16(precision, device))
+
+
+def seed_from(*numbers):
+    """A 64-bit seed that depends on all the numbers given; near numbers give unrelated seeds."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints
+
+FORMAT = "diffit checkpoint 1"
+
+
+def read_checkpoint(path):
+    """What train.save_checkpoint wrote: a dict of tensors and plain values, memory-mapped. ValueError if the file is missing,
+    truncated or something else."""
+    if not os.path.isfile(path):
+        raise ValueError(f"there is no checkpoint {path}; train.py writes last.pt into its output folder")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:                                             # torch.load fails in a dozen ways
+        raise ValueError(f"{path} is truncated or no checkpoint ({str(error).splitlines()[0][:100]})") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of train.py (expected the format {FORMAT!r})")
+    return state
+
+
+def load_weights(model, state, path):
+    """state_dict -> model, strictly. ValueError that lists what does not fit."""
+    own = {name: value.shape for name, value in model.state_dict().items()}
+    wrong = {"missing": [n for n in own if n not in state],
+             "unexpected": [n for n in state if n not in own and not n.endswith("relative_position_index")],
+             "of another shape": [f"{n} {tuple(state[n].shape)}, expected {tuple(own[n])}"
+                                  for n in own if n in state and state[n].shape != own[n]]}
+    said = [f"{len(names)} {what} ({'; '.join(names[:10])}{'; ...' if len(names) > 10 else ''})" for what, names in wrong.items() if names]
+    if said:
+        raise ValueError(f"the weights in {path} do not fit this network: " + ", ".join(said))
+    model.load_state_dict(state)
+
+
+def load_model(path, raw=False, device=None):
+    """-> model in eval mode, its Config. EMA weights, or with raw those that the optimizer holds."""
+    state = read_checkpoint(path)
+    try:
+        cfg = Config(**state["config"])
+    except TypeError as error:
+        raise ValueError(f"the configuration in {path} is of another version of this code ({error})") from None
+    model = diffit.build(cfg)
+    load_weights(model, state["model" if raw else "ema"], path)
+    return model.to(device or default_device()).eval().requires_grad_(False), cfg
+
+
+# ---------------------------------------------------------------------------------------------
+# Generation
+
+def class_of(i, cfg, classes=None, seed=0):
+    """The label of image i: the classes in turn; without a list, all of them in a shuffled order."""
+    if not classes:
+        classes = np.random.default_rng(seed).permutation(cfg.num_classes)
+    return int(classes[i % len(classes)])
+
+
+@torch.no_grad()
+def generate(model, cfg, indices, classes=None, seed=0, batch=64):
+    """Make the images with these indices, as cfg's sampling fields say: yields x (b, C, H, W) fp32 and labels y (b,),
+    or None without classes."""
+    device, shape = next(model.parameters()).device, (cfg.in_channels, cfg.input_size, cfg.input_size)
+    process = diffusion.build(cfg)
+    levels = process.levels(cfg.steps)
+    scale = diffusion.power_cosine(cfg.cfg, cfg.timesteps) if cfg.cfg_schedule == "power-cosine" else cfg.cfg
+    if cfg.cfg_interval and cfg.cfg != 1:
+        scale = diffusion.interval(scale, *cfg.cfg_interval, process)
+    for first in range(0, len(indices), batch):
+        chunk = indices[first:first + batch]
+        generators = [torch.Generator().manual_seed(seed_from(seed, i)) for i in chunk]
+
+        def noise():
+            return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+
+        y = torch.tensor([class_of(i, cfg, classes, seed) for i in chunk], device=device) if cfg.num_classes else None
+        f = diffusion.guided(model, y, scale, cfg.cfg_channels or None)
+        options = {"ddpm": dict(noise=noise), "ddim": dict(noise=noise, eta=cfg.eta)}.get(cfg.sampler, {})
+        sampler = getattr(diffusion, cfg.sampler)
+        with autocast(cfg.precision, device):
+            x = sampler(process, f, process.prior(noise(), levels[0]), levels, clip=cfg.clip, **options)
+        yield x, y
+
+
+def grid_columns(cfg, classes=None):
+    """A column for each class where they are few; else None, a square."""
+    count = len(classes) if classes else cfg.num_classes
+    return count if 1 < count <= 16 else None
+
+
+def save_samples(model, cfg, path):
+    """The grid that training shows: always the same noise and classes. Four rows of classes, or 36 images."""
+    n = 4 * (grid_columns(cfg) or 9)
+    images = np.concatenate([data.to_uint8(x) for x, _ in generate(model, cfg, range(n))])
+    data.save_grid(images, path, grid_columns(cfg))
+
+
+# ---------------------------------------------------------------------------------------------
+# Scores
+
+def recognised(images, labels, seed=0):
+    """How many of these shapes a classifier names right. images (n, H, W, 3) uint8, labels (n,) -> share of them, and the
+    classifier's share on real shapes it has not seen. The classifier is a small CNN trained here, on 16,000 shapes of
+    a seed that training does not use."""
+    torch.manual_seed(seed)
+    size, real = images.shape[1], 16_000
+    dataset = data.Shapes(size, real + 1000, seed=1_000_000 + seed)
+    x = torch.from_numpy(np.stack([dataset.read(i) for i in range(len(dataset))])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    y = torch.from_numpy(dataset.labels)
+    widths = [3, 32, 64, 128]
+    layers = [nn.Sequential(nn.Conv2d(i, o, 3, stride=2, padding=1), nn.BatchNorm2d(o), nn.ReLU()) for i, o in zip(widths, widths[1:])]
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+    optimizer = torch.optim.Adam(net.parameters())
+    batches = [b for _ in range(4) for b in torch.randperm(real).split(128)]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, len(batches))
+    for b in batches:
+        noisy = x[b] + 0.05 * torch.rand(len(b), 1, 1, 1) * torch.randn_like(x[b])  # samples are never quite clean
+        optimizer.zero_grad()
+        F.cross_entropy(net(noisy), y[b]).backward()
+        optimizer.step()
+        schedule.step()
+    net.eval()
+
+    @torch.no_grad()
+    def right(x, y):
+        return (torch.cat([net(part).argmax(1) for part in x.split(500)]) == y).float().mean().item()
+
+    made = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return right(made, torch.as_tensor(labels)), right(x[real:], y[real:])
+
+
+# ---------------------------------------------------------------------------------------------
+# python sample.py
+
+SAMPLING = ["sampler", "steps", "eta", "clip", "cfg", "cfg_schedule", "cfg_channels", "cfg_interval", "precision"]
+
+
+def parse_classes(text, cfg):
+    """'207,360' or 'all' -> list of class indices. ValueError if the network has no such class."""
+    if not cfg.num_classes:
+        raise ValueError(f"--classes {text}: this network was trained without classes; leave the flag out")
+    if text == "all":
+        return list(range(cfg.num_classes))
+    try:
+        classes = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--classes {text}: expected numbers with commas between them, as in 207,360, or all") from None
+    for c in classes:
+        if not 0 <= c < cfg.num_classes:
+            raise ValueError(f"--classes {text}: there is no class {c}; this network has 0 to {cfg.num_classes - 1}")
+    return classes
+
+
+def check_outputs(args):
+    """Before the work: every place that is to be written can be, and holds nothing yet. Fills in args.out."""
+    if not (args.out or args.dir or args.npz or args.score):
+        names = (f"samples{k}.png" for k in [""] + [f"-{k}" for k in range(2, 10_000)])
+        args.out = next(name for name in names if not os.path.exists(name))
+    for flag, path, endings in [("--out", args.out, (".png", ".jpg", ".webp")), ("--npz", args.npz, (".npz",))]:
+        if path and not path.lower().endswith(endings):
+            raise ValueError(f"{flag} {path} must end in {' or '.join(endings)}")
+        if path and os.path.exists(path):
+            raise ValueError(f"{flag} {path} exists; remove it or choose another name")
+        if path and not Path(path).parent.is_dir():
+            raise ValueError(f"{flag} {path}: the folder {Path(path).parent} does not exist; make it first")
+    if args.dir and os.path.exists(args.dir) and (not os.path.isdir(args.dir) or os.listdir(args.dir)):
+        raise ValueError(f"--dir {args.dir} exists and is not an empty folder; choose another name")
+
+
+def main():
+    parser = Parser(prog="sample.py", description="Make images from a checkpoint of train.py, and score them.")
+    parser.add_argument("--ckpt", required=True, metavar="FILE", help="a checkpoint; it knows its network and sampler")
+    parser.add_argument("--n", type=int, default=64, help="how many images")
+    parser.add_argument("--classes", metavar="207,360|all", help="classes, in turn (default: all, shuffled)")
+    parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone")
+    parser.add_argument("--batch", type=int, default=64, help="images at a time")
+    parser.add_argument("--raw", action="store_true", help="the optimizer's weights instead of their moving average")
+    parser.add_argument("--out", metavar="PNG", help="a grid of all images (default samples.png, where no other output is asked for)")
+    parser.add_argument("--dir", metavar="DIR", help="a folder for one PNG each")
+    parser.add_argument("--npz", metavar="FILE", help="one file as ADM's evaluator reads it: arr_0 uint8 (n, H, W, 3), arr_1 labels")
+    parser.add_argument("--score", choices=["shapes"], help="have a classifier, trained on the spot, name the shapes that were made")
+    parser.add_config(SAMPLING)
+    args = parser.parse_args()
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def run(args):
+    given = {name: value for name, value in vars(args).items() if name in SAMPLING}
+    for flag in ("n", "batch"):
+        if getattr(args, flag) < 1:
+            raise ValueError(f"--{flag} {getattr(args, flag)}: give a number from 1")
+    check_outputs(args)
+    model, cfg = load_model(args.ckpt, args.raw)
+    cfg = dataclasses.replace(cfg, **given)
+    if cfg.in_channels != 3:
+        raise ValueError(f"{args.ckpt} makes latents of {cfg.in_channels} channels, which are no pictures")
+    if "eta" in given and cfg.sampler != "ddim":
+        raise ValueError(f"--eta belongs to --sampler ddim, and this is {cfg.sampler}")
+    if args.score and cfg.num_classes != 10:
+        raise ValueError(f"--score shapes needs a network with the ten classes of shapes; {args.ckpt} has {cfg.num_classes}")
+    classes = parse_classes(args.classes, cfg) if args.classes else None
+
+    images, labels, start = [], [], time.time()
+    for x, y in generate(model, cfg, range(args.n), classes, args.seed, args.batch):
+        images.append(data.to_uint8(x))
+        labels += [] if y is None else y.tolist()
+        if args.dir:
+            Path(args.dir).mkdir(exist_ok=True)
+            for i, image in enumerate(images[-1], start=sum(map(len, images[:-1]))):
+                data.save_image(Image.fromarray(image), f"{args.dir}/{i:06d}.png")
+        done = sum(map(len, images))
+        print(f"\r{done} of {args.n} images, {done / (time.time() - start):.1f} images/s", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    images = np.concatenate(images)
+
+    if args.out:
+        data.save_grid(images, args.out, grid_columns(cfg, classes))
+    if args.npz:
+        temporary = f"{args.npz}.tmp.npz"
+        np.savez(temporary, images, **({"arr_1": np.array(labels)} if labels else {}))
+        os.replace(temporary, args.npz)
+    for path in filter(None, (args.out, args.dir, args.npz)):
+        print(f"wrote {path}")
+    if args.score:
+        share, real = recognised(images, labels)
+        print(f"{100 * share:.1f} % of {args.n} samples named right by a classifier that names {100 * real:.1f} % of real shapes right; "
+              f"{'raw' if args.raw else 'EMA'} weights of {args.ckpt}, {cfg.sampler}, {cfg.steps} steps, guidance {cfg.cfg:g}, seed {args.seed}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1284 @@
+"""Every test: python test_all.py, or python test_all.py WORD ... for those whose name contains a word.
+
+Each has a known answer: a number measured on the released implementations (GOLDEN), a closed form, a second
+implementation, or a run that must equal another one. Pictures and files are written by the tests themselves.
+"""
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import traceback
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+import configs
+import data
+import diffit
+import diffusion
+import sample
+import train
+from diffusion import EDM, Diffusion, guided
+
+
+class Skip(Exception):
+    """Raised by a test that cannot run here, with the reason."""
+
+
+# ---------------------------------------------------------------------------------------------
+# Tensors that are the same everywhere, and what the released implementations make of them
+
+def hashed_noise(name, n):
+    x = (np.arange(n, dtype=np.uint64) * 2654435761 + zlib.crc32(name.encode())) & 0xFFFFFFFF
+    for _ in range(2):
+        x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+    return (x ^ (x >> 16)).astype(np.float64) / 2 ** 32 - 0.5
+
+
+def unit(name, *shape, dtype=torch.float64):
+    """Noise of unit variance (B, C, H, W), rounded to fp32 as the reference's inputs were."""
+    return torch.from_numpy((hashed_noise(name, math.prod(shape)) * math.sqrt(12)).astype(np.float32)).view(shape).to(dtype)
+
+
+def weight(name, shape):
+    """The value of a network's tensor: variance 1 / fan-in, or small numbers around 0 for a bias."""
+    noise = hashed_noise(name, math.prod(shape))
+    value = noise * math.sqrt(12 / math.prod(shape[1:])) if len(shape) > 1 else (1 if name.endswith("weight") else 0) + 0.2 * noise
+    return torch.from_numpy(value.astype(np.float32)).view(shape)
+
+
+def fill(model):
+    """Every parameter of a network := weight(its name, its shape)."""
+    model.load_state_dict({n: v if n == "pos_embed" else weight(n, v.shape) for n, v in model.state_dict().items()})
+    return model
+
+
+GOLDEN = {
+    "diffit-global": dict(parameters=211692, index=[0, 67, 133, 200, 467, 534, 667, 1535],
+        output=[0.28010213, 0.49922121, 1.5590235, 0.24583994, 0.17345709, 0.29344678, 0.71353096, 1.03531194],
+        guided=[0.17654948, 0.05077958, 2.44279575, 0.24583994, 0.17345709, 0.79395831, 1.66953087, 1.03531194]),
+    "dit": dict(parameters=256864, index=[0, 67, 133, 200, 467, 534, 667, 1535],
+        output=[0.78929204, 0.27335525, 1.31169438, -0.01270803, 3.04910278, 0.49361897, 0.84521455, -1.2576648],
+        guided=[0.71930748, -0.27489048, 0.1573714, -0.01270803, 3.04910278, 0.44178915, 0.7310577, -1.2576648]),
+    "linear": dict(
+        abar=[0.9999, 0.999780092072, 0.997806572508, 0.521423030619, 0.077796658365, 4.11819363814e-05, 4.03582976538e-05],
+        log_posterior=[-9.8167251353, -9.8167251353, -8.26075560735, -5.28802653049, -4.60004973998, -3.91302033739, -3.9120238291],
+        x0_coef=[1.0, 0.54529149951, 0.13627785977, 0.00768442233046, 0.00305805707563, 0.00012952423623, 0.000128351487172],
+        xt_coef=[0.0, 0.454708498991, 0.863722069287, 0.991907883274, 0.994104350757, 0.989958723491, 0.989948678268],
+        mse=[1.26294026849, 1.45320978329, 1.01373492942, 1.38488403343, 1.70225564665, 1.24023576689, 1.20912337918],
+        vlb=[2.67242224894, 0.987250752274, 0.110097731876, 0.0106982877187, 0.0135356336735, 0.0182401789604, 0.017800687267],
+        index=[0, 21, 37, 58, 74, 95],
+        ddim=[173.143626066, 88.5216083968, 94.7344145116, -153.450282683, 9.6953618359, -219.311067201],
+        ddim_clipped=[1.0, 0.876524503508, 1.0, -1.0, 0.991651767386, -1.0],
+        ddim_eta1=[268.403469585, 157.791110397, 194.991614611, -409.474727638, 126.480246859, -582.058381382],
+        ddpm=[268.398845441, 157.521804941, 195.300761978, -409.475680083, 126.824038377, -582.057877843]),
+    "cosine": dict(
+        abar=[0.999958715775, 0.999912575927, 0.999278903773, 0.845887986497, 0.492285172449, 2.42876690703e-06, 2.42876690703e-09],
+        log_posterior=[-10.7340825325, -10.7340825325, -9.45015177118, -6.63198703656, -5.76162184515, -0.287690168239, -0.00100292667467],
+        x0_coef=[1.0, 0.527781409334, 0.124592235522, 0.00792597210882, 0.00436786689953, 0.00233767618982, 0.00155689171549],
+        xt_coef=[0.0, 0.472218590427, 0.875407757383, 0.992046479226, 0.995356279455, 0.499996963947, 0.0316226998741],
+        mse=[1.26483957686, 1.45452099253, 1.02473153808, 1.50704098395, 1.56208746293, 1.23986268723, 1.20798540942],
+        vlb=[2.00152081526, 0.931771210213, 0.100807963101, 0.00941510247619, 0.00703517052166, 2.68311845662, 870.50685379],
+        index=[0, 21, 37, 58, 74, 95],
+        ddim=[11199.4462542, -1023.2591911, 12212.9557081, -19595.2994303, 589.414174742, -28192.8158026],
+        ddim_clipped=[1.0, 0.39656694216, 1.0, -1.0, 0.989881850436, -1.0],
+        ddim_eta1=[11216.232629, -1055.88550019, 12154.5018337, -19677.2882638, 621.230852713, -28308.1592503],
+        ddpm=[11216.2190472, -1055.89108113, 12154.6784804, -19677.2999784, 621.436311632, -28308.1629468]),
+    "edm": dict(index=[0, 21, 37, 58, 74, 95], heun=[0.885153431381, 0.989208253074, -0.558813304543, -0.680094982698, -0.104251915378, 0.612646741376],
+        sigmas=[80.0, 19.3524529803, 3.25682151977, 0.296442284479, 0.00752801996278], loss=[1.55666315915, 1.64428846813, 1.35759435328, 1.77839402055]),
+    "resampler": {9: [0.0833333333333, 0.0833333333333, 0.0833333333333], 10: [0.0828029310459, 0.0872663931284, 0.0665916639696, 0.0811833568096, 0.0919266938167, 0.0868972126219],
+        13: [0.0750522285606, 0.104859961291, 0.0701813579165, 0.0675363059339, 0.0914079827795, 0.0854566667447], "weight": [1.11033789311, 0.794710700895, 1.18739984246, 1.23390422649, 0.911663629361, 0.975153098146]},
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# Saying what is expected
+
+def close(found, expected, tolerance, what=""):
+    """|found - expected| <= tolerance * (largest |expected|, or 1 if that is smaller), with the distance in the message."""
+    found, expected = (torch.as_tensor(v, dtype=torch.float64) for v in (found, expected))
+    assert found.shape == expected.shape, f"{what}: shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
+    assert found.isfinite().all(), f"{what}: not finite"
+    error = ((found - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
+    assert error <= tolerance, f"{what}: off by {error:.3g}, allowed {tolerance:g}"
+
+
+def refused(call, *words):
+    """call() must raise a ValueError whose message is one line and holds all the words."""
+    try:
+        call()
+    except ValueError as error:
+        text = str(error)
+        assert "\n" not in text, f"more than one line: {text}"
+        for word in words:
+            assert str(word) in text, f"{word!r} is missing from: {text}"
+        return
+    raise AssertionError(f"accepted, but should have been refused for {words}")
+
+
+def command(module, *args):
+    """Run `python module.py args` in this process -> exit code, standard error."""
+    said, argv, handlers = io.StringIO(), sys.argv, [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    sys.argv = [f"{module.__name__}.py", *map(str, args)]
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            module.main()
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        sys.argv = argv
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+            signal.signal(number, handler)
+    return code, said.getvalue()
+
+
+def complains(module, *args, words):
+    """The command must end with exit code 2 and one sentence that holds the words."""
+    code, said = command(module, *args)
+    assert code == 2, f"exit code {code} for {args}: {said}"
+    last = said.strip().split("\n")[-1]
+    assert "Traceback" not in said and last.startswith(f"{module.__name__}.py: "), said
+    for word in words:
+        assert str(word) in last, f"{word!r} is missing from: {last}"
+
+
+@contextlib.contextmanager
+def folder():
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+TINY = ("--hidden-size", 32, "--depth", 1, "--num-heads", 2, "--batch-size", 8, "--lr", 1e-3, "--lr-rampup-kimg", 0, "--lr-decay", "constant",
+        "--tick-kimg", 0.016, "--steps", 3,
+        "--sample-kimg", 100, "--workers", 0)
+
+
+def tiny_run(out, *flags, kimg=0.08):
+    """Train a very small network on shapes for ten steps of eight images."""
+    code, said = command(train, *TINY, "--out", out, "--kimg", kimg, *flags)
+    assert code == 0, said
+    return torch.load(Path(out) / "last.pt", weights_only=True)
+
+
+def same(a, b):
+    """Are two checkpoints equal, bit for bit, in everything but the time that they took?"""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in ("images_per_s", "memory_gb", "config"))
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+# ---------------------------------------------------------------------------------------------
+# diffit.py
+
+SMALL = dict(input_size=8, patch_size=2, in_channels=4, hidden_size=64, depth=3, num_heads=4, num_classes=10)
+
+
+def golden_network(network, name, scale):
+    model, gold = fill(network(**SMALL).eval()), GOLDEN[name]
+    x, t, y = unit("x", 3, 4, 8, 8, dtype=torch.float32), torch.tensor([0, 37, 999]), torch.tensor([0, 3, 10])
+    assert sum(p.numel() for p in model.parameters()) == gold["parameters"]
+    with torch.no_grad():
+        close(model(x, t, y).flatten()[gold["index"]], gold["output"], 2e-5, "output")
+        close(guided(model, y, scale, channels=3)(x, t).flatten()[gold["index"]], gold["guided"], 2e-5, "guided output")
+
+
+def test_golden_diffit():
+    golden_network(diffit.DiffiT, "diffit-global", diffusion.power_cosine(4.4))
+
+
+def test_golden_dit():
+    golden_network(diffit.DiT, "dit", 4.4)
+
+
+def test_released_files_load_with_their_integer_index():
+    model = diffit.DiffiT(**SMALL)
+    state = {**model.state_dict(), **{f"blocks.{i}.attn.relative_position_index": torch.zeros(16, 16, dtype=torch.long) for i in range(3)}}
+    model.load_state_dict(state, strict=True)
+    sample.load_weights(model, state, "file")
+
+
+def test_parameter_counts_of_the_papers():
+    with torch.device("meta"):
+        count = lambda name: sum(p.numel() for p in diffit.build(configs.PRESETS[name]).parameters()) / 1e6
+        assert round(count("imagenet256"), 1) == 561.0 and round(count("imagenet256-depth30"), 1) == 600.9
+        paper = {"s": (33, 33, 33), "b": (130, 130, 131), "l": (458, 458, 459), "xl": (675, 675, 676)}  # DiT Table 4
+        for size, counts in paper.items():
+            for patch, millions in zip((2, 4, 8), counts):
+                assert round(count(f"dit-{size}-{patch}")) == millions, (size, patch, count(f"dit-{size}-{patch}"))
+
+
+def test_multiply_adds_of_the_papers():
+    close(configs.measure(configs.PRESETS["dit-xl-2"])[1] / 1e9, 118.64, 1e-3, "DiT-XL/2")  # DiT Table 1, GFLOPs as multiply-adds
+    close(configs.measure(configs.PRESETS["dit-s-8"])[1] / 1e9, 0.36, 1e-2, "DiT-S/8")
+
+
+def naive_attention(attention, x, c=None):
+    """Softmax attention written out token by token, windows and all: the oracle for TMSA and Attention."""
+    B, N, D = x.shape
+    h, d, grid = attention.num_heads, D // attention.num_heads, round(math.sqrt(N))
+    window = getattr(attention, "window", grid)
+    qkv = attention.qkv(x)
+    if c is not None:
+        qkv = qkv + attention.qkv_temb(c)[:, None]
+    q, k, v = (part.view(B, N, h, d) for part in qkv.chunk(3, dim=-1))
+    out = torch.zeros(B, N, h, d, dtype=x.dtype)
+    for i in range(N):
+        yi, xi = divmod(i, grid)
+        mates = [j for j in range(N) if j // grid // window == yi // window and j % grid // window == xi // window]
+        score = torch.stack([(q[:, i] * k[:, j]).sum(-1) / math.sqrt(d) for j in mates], dim=-1)  # (B, h, mates)
+        if c is not None:
+            rows = [(yi - j // grid + window - 1) * (2 * window - 1) + xi - j % grid + window - 1 for j in mates]
+            score = score + attention.relative_position_bias_table[rows].T
+        out[:, i] = torch.einsum("bhm,bmhd->bhd", score.softmax(-1), v[:, mates])
+    return attention.proj(out.reshape(B, N, D))
+
+
+def random_tmsa(*args, **kwargs):
+    torch.manual_seed(0)
+    layer = diffit.TMSA(*args, **kwargs).double()
+    for p in layer.parameters():
+        nn.init.normal_(p, std=0.3)
+    return layer
+
+
+def test_tmsa_equals_the_naive_form():
+    for grid, window in [(4, None), (6, 3), (4, 1), (3, 3)]:
+        layer = random_tmsa(12, 3, grid, cond_dim=5, window=window)
+        x, c = torch.randn(2, grid * grid, 12).double(), torch.randn(2, 5).double()
+        close(layer(x, c), naive_attention(layer, x, c), 1e-12, f"grid {grid}, window {window}")
+
+
+def test_tmsa_gradients_equal_the_naive_form():
+    layer = random_tmsa(8, 2, 4, window=2)
+    x, c = torch.randn(2, 16, 8).double(), torch.randn(2, 8).double()
+    found = torch.autograd.grad(layer(x, c).pow(2).sum(), layer.parameters())
+    expected = torch.autograd.grad(naive_attention(layer, x, c).pow(2).sum(), layer.parameters())
+    for (name, _), a, b in zip(layer.named_parameters(), found, expected):
+        close(a, b, 1e-11, name)
+
+
+def test_plain_attention_equals_the_naive_form():
+    torch.manual_seed(0)
+    layer, x = diffit.Attention(12, 3).double(), torch.randn(2, 9, 12).double()
+    close(layer(x), naive_attention(layer, x), 1e-12)
+
+
+def test_tmsa_without_time_is_plain_attention():
+    layer, plain = random_tmsa(12, 3, 4), diffit.Attention(12, 3).double()
+    for p in (*layer.qkv_temb.parameters(), layer.relative_position_bias_table):
+        nn.init.zeros_(p)
+    plain.load_state_dict({n: p for n, p in layer.state_dict().items() if n.startswith(("qkv.", "proj."))})
+    x, c = torch.randn(2, 16, 12).double(), torch.randn(2, 12).double()
+    close(layer(x, c), plain(x), 1e-14)
+    assert torch.equal(layer(x, c), layer(x, 2 * c)), "the condition still has a say"
+
+
+def test_time_in_tmsa_is_a_token_wise_shift():
+    """x Wqs + c Wqt = what a layer without time makes of x + d, where d Wqs = c Wqt."""
+    layer = random_tmsa(6, 2, 2)
+    with torch.no_grad():
+        layer.qkv_temb.weight.copy_(layer.qkv.weight)
+        layer.qkv_temb.bias.zero_()
+    x, c = torch.randn(3, 4, 6).double(), torch.randn(3, 6).double()
+    close(layer(x, c), layer(x + c[:, None], 0 * c), 1e-12)
+
+
+def test_one_window_is_global_attention():
+    whole, window = random_tmsa(8, 2, 4), random_tmsa(8, 2, 4, window=4)
+    x, c = torch.randn(2, 16, 8).double(), torch.randn(2, 8).double()
+    assert torch.equal(whole(x, c), window(x, c))
+
+
+def test_permuted_windows_permute_the_output():
+    layer = random_tmsa(8, 2, 6, window=3)
+    x, c = torch.randn(1, 2, 3, 2, 3, 8).double(), torch.randn(1, 8).double()          # 2 x 2 windows of 3 x 3 tokens
+    swap = lambda tokens: tokens.flip(1, 3)                                             # windows change places, tokens in them do not
+    run = lambda tokens: layer(tokens.reshape(1, 36, 8), c).view(1, 2, 3, 2, 3, 8)
+    close(run(swap(x)), swap(run(x)), 1e-13)
+    assert not torch.allclose(run(x), swap(run(x)))
+
+
+def test_fresh_adaln_zero_block_is_the_identity():
+    torch.manual_seed(0)
+    model = diffit.DiT(**SMALL)
+    x, c = torch.randn(2, 16, 64), torch.randn(2, 64)
+    assert torch.equal(model.blocks[0](x, c), x)
+    assert not model(torch.randn(2, 4, 8, 8), torch.tensor([1, 2])).any(), "a fresh DiT predicts zero"
+
+
+def unets():
+    for size, classes in [(32, 0), (64, 5), (48, 0)]:
+        yield size, diffit.DiffiTUNet(size, 3, channels=(8, 16, 16), blocks=(1, 2, 1), num_heads=2, window=4, cond_size=24, num_classes=classes)
+
+
+def test_unet_takes_any_size_its_levels_divide():
+    for size, model in unets():
+        x, t = torch.randn(2, 3, size, size), torch.tensor([0.1, -0.3])
+        assert model(x, t, torch.tensor([0, 4]) if model.num_classes else None).shape == x.shape
+        assert model(x, t).shape == x.shape
+    double = diffit.DiffiTUNet(16, 3, (8, 8), (1, 1), 2, window=8, cond_size=8, learn_sigma=True)
+    assert double(torch.randn(1, 3, 16, 16), torch.zeros(1)).shape == (1, 6, 16, 16)
+
+
+def test_resblock_is_equations_9_and_10():
+    torch.manual_seed(0)
+    block = diffit.ResBlock(8, 12, 3, 4.0, 4, 6, 2, 0.0).double()
+    x, c = torch.randn(2, 8, 4, 4).double(), torch.randn(2, 6).double()
+    h = F.conv2d(F.silu(F.group_norm(x, 2, block.norm.weight, block.norm.bias)), block.conv.weight, block.conv.bias, padding=1)
+    tokens = h.flatten(2).transpose(1, 2)
+    tokens = tokens + naive_attention(block.block.attn, F.layer_norm(tokens, (12,), eps=1e-6), c)
+    tokens = tokens + block.block.mlp(F.layer_norm(tokens, (12,), eps=1e-6))
+    close(block(x, c), tokens.transpose(1, 2).view(2, 12, 4, 4) + F.conv2d(x, block.skip.weight, block.skip.bias), 1e-12)
+
+
+def test_gradients_reach_every_parameter():
+    torch.manual_seed(0)
+    models = [diffit.DiffiT(**SMALL), diffit.DiT(**SMALL)] + [model for _, model in unets()]
+    for model in models:
+        for p in model.parameters():                                       # a zero head or gate would hide what lies behind it
+            nn.init.normal_(p, std=0.05) if not p.any() else None
+        size, channels = (8, 4) if isinstance(model, diffit.Transformer) else (model.encoder[0][0].block.attn.grid, 3)
+        y = torch.tensor([1, model.num_classes]) if model.num_classes else None
+        model(torch.randn(2, channels, size, size), torch.tensor([3.0, 700.0]), y).pow(2).sum().backward()
+        for name, p in model.named_parameters():
+            assert p.grad is not None and p.grad.any(), f"{type(model).__name__} {name}"
+
+
+def test_no_label_is_the_null_class():
+    model = fill(diffit.DiffiT(**SMALL).eval())
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([5, 6])
+    assert torch.equal(model(x, t), model(x, t, torch.tensor([10, 10])))
+    refused(lambda: diffit.DiffiT(**{**SMALL, "num_classes": 0})(x, t, torch.tensor([0, 1])), "num_classes")
+
+
+def test_labels_are_dropped_in_training_alone():
+    torch.manual_seed(0)
+    embed = diffit.LabelEmbedder(4, 2, dropout=0.25)
+    with torch.no_grad():
+        embed.embedding_table.weight.copy_(torch.tensor([[0.0, 1]] * 4 + [[1.0, 0]]))   # first column: was it dropped?
+    y = torch.zeros(20_000, dtype=torch.long)
+    dropped = embed(y)[:, 0].mean().item()
+    assert abs(dropped - 0.25) < 5 * math.sqrt(0.25 * 0.75 / 20_000), dropped
+    assert embed.eval()(y)[:, 0].sum() == 0
+
+
+def test_timesteps_never_pass_through_bf16():
+    embed = diffit.TimestepEmbedder(16)
+    t = torch.tensor([996, 997, 998, 999])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        c = embed(t)
+    assert c.dtype == torch.float32 and torch.equal(c, embed(t)) and len(c.unique(dim=0)) == 4
+
+
+def test_position_table():
+    table = diffit.sincos_2d(16, 3)[0]
+    for token in range(9):
+        row, column = divmod(token, 3)
+        angle = lambda position: [position / 10000 ** (k / 4) for k in range(4)]
+        expected = [f(a) for position in (column, row) for f in (math.sin, math.cos) for a in angle(position)]
+        close(table[token], expected, 1e-6)
+    odd = diffit.sincos_2d(18, 3)
+    assert odd.shape == (1, 9, 18) and torch.equal(odd[..., :16], diffit.sincos_2d(16, 3)) and not odd[..., 16:].any()
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    refused(lambda: diffit.TMSA(10, 3, 4), "10", "3 heads")
+    refused(lambda: diffit.TMSA(8, 2, 6, window=4), "4 x 4", "6 x 6")
+    refused(lambda: diffit.DiffiT(**{**SMALL, "patch_size": 3}), "3", "8 x 8", "multiple")
+    refused(lambda: diffit.DiffiTUNet(30, 3), "30", "8")
+    refused(lambda: diffit.DiffiTUNet(32, 3, (8, 8), (1,)), "2 widths", "1 block")
+    refused(lambda: diffit.DiffiTUNet(24, 3, (8, 8), (1, 1), 2, window=8), "8 x 8", "12 x 12")
+
+
+def test_bf16_forward_stays_near_fp32():
+    model = fill(diffit.DiffiT(**SMALL).eval())
+    x, t, y = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 900]), torch.tensor([1, 2])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        low = model(x, t, y)
+    with torch.no_grad():
+        close(low, model(x, t, y), 0.03)
+
+
+# ---------------------------------------------------------------------------------------------
+# diffusion.py
+
+GOLDEN_T = torch.tensor([0, 1, 10, 250, 500, 998, 999])
+
+
+def golden_net(x, t):
+    out = torch.einsum("oc,bchw->bohw", unit("d:A", 6, 3), x)
+    return torch.tanh(out + 0.001 * t.double().view(-1, 1, 1, 1))
+
+
+def golden_noise():
+    """noise(): the k-th call gives the k-th tensor that the reference's chains added."""
+    count = iter(range(1, 1001))
+    return lambda: unit(f"d:z{next(count)}", 2, 3, 4, 4)
+
+
+def golden_diffusion(schedule):
+    process, gold = Diffusion(1000, schedule), GOLDEN[schedule]
+    for name in ("abar", "log_posterior", "x0_coef", "xt_coef"):
+        close(getattr(process, name)[GOLDEN_T], gold[name], 1e-6, name)
+    x0, noise = unit("d:x0", 7, 3, 4, 4).mul(0.5).clamp(-1, 1), unit("d:noise", 7, 3, 4, 4)
+    losses = process.loss(golden_net, x0, GOLDEN_T, noise)
+    close(losses["mse"], gold["mse"], 1e-6, "mse")
+    close(losses["vlb"] / torch.tensor(gold["vlb"]), torch.ones(7), 1e-6, "vlb")
+    close(losses["loss"], losses["mse"] + losses["vlb"], 1e-12, "loss")
+    x, levels, at = unit("d:xT", 2, 3, 4, 4), process.levels(50), gold["index"]
+    close(diffusion.ddim(process, golden_net, x, levels).flatten()[at], gold["ddim"], 1e-6, "ddim")
+    close(diffusion.ddim(process, golden_net, x, levels, clip=True).flatten()[at], gold["ddim_clipped"], 1e-6, "ddim, clipped")
+    close(diffusion.ddim(process, golden_net, x, levels, eta=1.0, noise=golden_noise()).flatten()[at], gold["ddim_eta1"], 1e-6, "ddim, eta 1")
+    close(diffusion.ddpm(process, golden_net, x, levels, noise=golden_noise()).flatten()[at], gold["ddpm"], 1e-6, "ddpm")
+
+
+def test_golden_linear_schedule_losses_and_chains():
+    golden_diffusion("linear")
+
+
+def test_golden_cosine_schedule_losses_and_chains():
+    golden_diffusion("cosine")
+
+
+def test_golden_edm():
+    process, gold = EDM(), GOLDEN["edm"]
+    E = unit("m:E", 3, 3)
+    net = lambda x, t: torch.tanh(torch.einsum("oc,bchw->bohw", E, x) + t.view(-1, 1, 1, 1))
+    levels = process.levels(18)
+    close(levels[::4], gold["sigmas"], 1e-12, "sigmas")
+    x = diffusion.heun(process, net, process.prior(unit("m:e", 2, 3, 4, 4), levels[0]), levels)
+    close(x.flatten()[gold["index"]], gold["heun"], 1e-6, "heun")
+    sigma = torch.tensor([0.02, 0.3, 1.5, 40.0], dtype=torch.float64)
+    losses = process.loss(net, unit("m:y", 4, 3, 4, 4).mul(0.5).clamp(-1, 1), sigma, unit("m:n", 4, 3, 4, 4))
+    close(losses["loss"], gold["loss"], 1e-6, "loss")
+
+
+def test_golden_loss_aware_timesteps():
+    sampler, losses = diffusion.LossAwareTimesteps(12), unit("r:L", 13, 12) ** 2 + 0.1
+    for k in range(13):
+        sampler.update(torch.arange(12), losses[k])
+        if k + 1 in (9, 10, 13):
+            gold = GOLDEN["resampler"][k + 1]
+            close(sampler.probabilities()[:len(gold)], gold, 1e-6, f"after {k + 1}")
+    torch.manual_seed(0)
+    t, w = sampler.sample(1000)
+    close(w[t < 6], torch.tensor(GOLDEN["resampler"]["weight"])[t[t < 6]], 1e-6, "weights")
+    assert w.dtype == torch.float32 and len(t.unique()) == 12
+
+
+def test_importance_weights_keep_the_mean():
+    """sum over t of p(t) w(t) loss(t) = mean of the loss, whatever was seen."""
+    sampler, loss = diffusion.LossAwareTimesteps(50, uniform_prob=0.001), torch.arange(1.0, 51).double() ** 2
+    for _ in range(10):
+        sampler.update(torch.arange(50), loss)
+    p = sampler.probabilities()
+    close(p.sum(), 1.0, 1e-12)
+    close((p * (1 / (50 * p)) * loss).sum(), loss.mean(), 1e-12)
+    torch.manual_seed(0)
+    t, w = sampler.sample(200_000)
+    close((w.double() * loss[t]).mean() / loss.mean(), 1.0, 0.02)
+
+
+def test_vlb_sends_no_gradient_to_the_mean():
+    process, x0 = Diffusion(), unit("v", 4, 3, 4, 4)
+    out = unit("v:out", 4, 6, 4, 4).requires_grad_()
+    process.loss(lambda x, t: out, x0, torch.tensor([0, 1, 500, 999]), unit("v:n", 4, 3, 4, 4))["vlb"].sum().backward()
+    assert not out.grad[:, :3].any() and (out.grad[:, 3:] != 0).any(dim=(1, 2, 3)).all()
+
+
+def test_vlb_is_the_kl_of_two_gaussians():
+    process, t = Diffusion(), torch.tensor([300])
+    x0, noise, out = unit("k", 1, 1, 2, 2), unit("k:n", 1, 1, 2, 2), unit("k:o", 1, 2, 2, 2)
+    found = process.loss(lambda x, t: out, x0, t, noise)["vlb"]
+    a, b, beta = process.abar[300], process.abar[299], 1 - process.abar[300] / process.abar[299]
+    xt = math.sqrt(a) * x0 + math.sqrt(1 - a) * noise
+    mean = lambda clean: (math.sqrt(b) * beta * clean + math.sqrt(1 - beta) * (1 - b) * xt) / (1 - a)
+    tilde = beta * (1 - b) / (1 - a)
+    share = (out[:, 1:] + 1) / 2
+    p = torch.distributions.Normal(mean((xt - math.sqrt(1 - a) * out[:, :1]) / math.sqrt(a)), (beta ** share * tilde ** (1 - share)) ** 0.5)
+    q = torch.distributions.Normal(mean(x0), torch.full_like(x0, tilde ** 0.5))
+    close(found, torch.distributions.kl_divergence(q, p).mean().view(1) / math.log(2), 1e-10)
+
+
+def test_discretised_gaussian_sums_to_one():
+    levels = torch.linspace(-1, 1, 256, dtype=torch.float64)
+    for mean, scale in [(0.1, 0.05), (-0.97, 0.2), (0.999, 0.01)]:
+        mass = diffusion.discretized_gaussian_log_likelihood(levels, torch.tensor(mean), torch.tensor(math.log(scale))).exp()
+        close(mass.sum(), 1.0, 1e-4, f"mean {mean}")
+
+
+def test_spaced_gives_the_steps_asked_for():
+    for T in (1, 2, 7, 250, 1000):
+        for n in range(1, T + 1):
+            times = diffusion.spaced(T, n)
+            assert len(times) == len(set(times)) == n and sorted(times) == times and times[-1] == T - 1, (T, n)
+            assert n == 1 or times[0] == 0
+    for n in (0, -3, 1001):
+        refused(lambda: diffusion.spaced(1000, n), n, "1 to 1000")
+    assert diffusion.spaced(1000, 50)[:6] == [0, 20, 41, 61, 82, 102]      # the reference's rounding
+    visited = []
+    diffusion.ddim(Diffusion(variance="small"), lambda x, t: visited.append(t[0].item()) or x, torch.zeros(1, 3, 2, 2), Diffusion().levels(7))
+    assert visited == [999, 832, 666, 500, 333, 166, 0] == diffusion.spaced(1000, 7)[::-1]
+
+
+def gaussian(process, mean, std):
+    """The exact network for data N(mean, std^2 I): f(x, t) as Diffusion or EDM would call it."""
+    def eps(x, t):
+        a2 = torch.as_tensor(process.abar)[t.long()].view(-1, 1, 1, 1)
+        return (1 - a2).sqrt() * (x - a2.sqrt() * mean) / (a2 * std ** 2 + 1 - a2)
+
+    def F(x, c_noise):                                                     # D = c_skip x + c_out F, solved for F
+        sigma, sd = process.noise_level(c_noise).view(-1, 1, 1, 1), process.sigma_data
+        norm = (sigma ** 2 + sd ** 2).sqrt()
+        D = (std ** 2 * x * norm + sigma ** 2 * mean) / (std ** 2 + sigma ** 2)
+        return (D - sd ** 2 / norm * x) / (sigma * sd / norm)
+    return F if isinstance(process, EDM) else eps
+
+
+def exact_end(process, x, level, mean, std):
+    """Where the probability-flow ODE of N(mean, std^2 I) leads from x at this level."""
+    a, s = process.scales(level)
+    return mean + std * (x - a * mean) / math.sqrt(a ** 2 * std ** 2 + s ** 2)
+
+
+def test_ddim_returns_the_one_image_there_is():
+    for process in (Diffusion(variance="small"), Diffusion(40, "cosine", "large"), EDM()):
+        image, levels = unit("one", 2, 3, 4, 4), process.levels(40)
+        x = process.prior(unit("one:x", 2, 3, 4, 4), levels[0])
+        for sampler in (diffusion.ddim, diffusion.ddpm, diffusion.heun, diffusion.dpmpp):
+            close(sampler(process, gaussian(process, image, 0.0), x, levels), image, 1e-8, sampler.__name__)
+
+
+def test_ddim_over_all_steps_returns_the_gaussian():
+    process, mean = Diffusion(variance="small"), unit("g:m", 1, 3, 4, 4)
+    x, levels = unit("g:x", 2, 3, 4, 4), process.levels(1000)
+    found = diffusion.ddim(process, gaussian(process, mean, 0.5), x, levels)
+    close(found, exact_end(process, x, levels[0], mean, 0.5), 4e-3)
+
+
+def orders(process, sampler, counts):
+    """Observed orders of convergence: log2 of the error's ratio as the number of steps doubles."""
+    mean, start = 0.3, process.levels(2)[0]
+    x, errors = process.prior(unit("o", 1, 1, 4, 4), start), []
+    for n in counts:
+        levels = process.levels(n)
+        end = sampler(process, gaussian(process, mean, 0.5), x, levels)
+        errors.append((end - exact_end(process, x, start, mean, 0.5)).abs().max().item())
+    return [math.log2(a / b) for a, b in zip(errors, errors[1:])]
+
+
+def test_orders_of_convergence():
+    """Euler falls with the step, Heun and DPM-Solver++(2M) with its square."""
+    process = EDM(sigma_min=1e-4, sigma_max=10.0)
+    for sampler, order in [(diffusion.ddim, 1), (diffusion.heun, 2), (diffusion.dpmpp, 2)]:
+        found = orders(process, sampler, (32, 64, 128))
+        assert all(order - 0.25 < o < order + 0.6 for o in found), f"{sampler.__name__}: {found}"
+    close(orders(Diffusion(variance="small"), diffusion.ddim, (125, 250, 500)), [1.0, 1.0], 0.25, "ddim on timesteps")
+
+
+def test_ddpm_has_the_variance_of_the_data():
+    """Ancestral sampling of N(0.2, 0.5^2) with the exact noise, 250 of 1000 steps: mean and deviation of the samples."""
+    process = Diffusion(variance="large")
+    torch.manual_seed(0)
+    x = diffusion.ddpm(process, gaussian(process, 0.2, 0.5), torch.randn(1, 1, 200, 200).double(), process.levels(250))
+    close(x.mean(), 0.2, 0.01)
+    close(x.std(), 0.5, 0.02)
+
+
+def test_ddim_with_eta_1_is_ddpm_with_small_variance():
+    process = Diffusion(variance="small")
+    net = lambda x, t: golden_net(x, t)[:, :3]
+    x, levels = unit("d:xT", 2, 3, 4, 4), process.levels(20)
+    a = diffusion.ddim(process, net, x, levels, eta=1.0, noise=golden_noise(), clip=True)
+    close(a, diffusion.ddpm(process, net, x, levels, noise=golden_noise(), clip=True), 1e-9)
+
+
+class Counting:
+    """A network that notes how many images each call brings; its output tells the label, then a constant."""
+    num_classes = 10
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, x, t, y):
+        self.calls.append(len(x))
+        return torch.cat([y.double().view(-1, 1, 1, 1).expand_as(x), torch.ones_like(x)], dim=1)
+
+
+def test_guidance():
+    x, t, y = torch.zeros(2, 4, 1, 1).double(), torch.tensor([100, 900]), torch.tensor([3, 7])
+    run = lambda *args: guided(net, y, *args)(x, t)[:, :, 0, 0]
+    net = Counting()
+    close(run(2.5), [[10 + 2.5 * (3 - 10)] * 4 + [1] * 4, [10 + 2.5 * (7 - 10)] * 4 + [1] * 4], 1e-12, "all channels")
+    close(run(2.5, 3)[0], [-7.5, -7.5, -7.5, 3, 1, 1, 1, 1], 1e-12, "first three")
+    assert net.calls == [4, 4], "one call for both halves"
+    net = Counting()
+    close(run(1.0), [[3] * 4 + [1] * 4, [7] * 4 + [1] * 4], 1e-12)
+    run(lambda t: torch.ones(2))
+    guided(net, y, diffusion.power_cosine(4.4))(x, torch.tensor([999, 999]))
+    assert net.calls == [2, 2, 2], "a scale of 1 needs no null half"
+    refused(lambda: guided(net, None, 2.0), "2.0", "class labels")
+
+
+def test_guidance_scales():
+    t = torch.tensor([0, 500, 999])
+    close(diffusion.power_cosine(4.4)(t), [4.4, 1 + 3.4 * (1 - math.cos(math.pi / 16)) / 2, 1.0], 1e-9, "power-cosine")
+    scale = diffusion.power_cosine(4.4)(torch.arange(1000))
+    assert (scale[570:] < 1.01).all() and (scale[:569] > 1.01).all()       # measured on the released schedule
+    process = Diffusion()
+    sigma = process.noise_level(t).double()
+    close(sigma, [math.sqrt(1 / process.abar[i] - 1) for i in t], 1e-5, "sigma of a timestep")
+    close(diffusion.interval(3.0, 0.02, 50, process)(t), [1.0, 3.0, 1.0], 1e-6, "interval over timesteps")
+    edm = EDM()
+    close(edm.noise_level(torch.tensor([0.3, 2.0]).log() / 4), [0.3, 2.0], 1e-6, "sigma of EDM")
+    close(diffusion.interval(3.0, 0.28, 1, edm)(torch.tensor([0.3, 2.0]).log() / 4), [3.0, 1.0], 1e-6, "interval over sigma")
+
+
+def test_edm_draws_and_weights():
+    torch.manual_seed(0)
+    logs = EDM(p_mean=-0.4, p_std=1.3).draw(100_000).log()
+    close([logs.mean(), logs.std()], [-0.4, 1.3], 0.02)
+    x0, sigma = unit("w", 3, 3, 2, 2), torch.tensor([0.1, 1.0, 30.0]).double()
+    losses = EDM().loss(lambda x, t: 0 * x, x0, sigma, unit("w:n", 3, 3, 2, 2))
+    close(losses["loss"], losses["mse"] * (sigma ** 2 + 0.25) / (0.5 * sigma) ** 2, 1e-12)
+
+
+def test_variance_and_channels_must_agree():
+    refused(lambda: Diffusion().loss(lambda x, t: x, unit("c", 1, 3, 2, 2), torch.tensor([3])), "6 output channels", "learn_sigma")
+    refused(lambda: Diffusion(schedule="quadratic"), "quadratic", "cosine")
+    refused(lambda: Diffusion(variance="tiny"), "tiny", "small")
+    for variance in ("small", "large"):
+        losses = Diffusion(variance=variance).loss(lambda x, t: 0 * x, unit("c", 1, 3, 2, 2), torch.tensor([3]))
+        assert losses.keys() == {"loss", "mse"} and torch.equal(losses["loss"], losses["mse"])
+
+
+# ---------------------------------------------------------------------------------------------
+# data.py
+
+def pictures(root, broken=True):
+    """Ordinary files in two classes: sizes, modes and formats as they come, one of them truncated."""
+    rng = np.random.default_rng(0)
+    noise = lambda h, w, c=3: rng.integers(0, 256, (h, w, c), np.uint8).squeeze()
+    (root / "cats").mkdir(parents=True)
+    (root / "dogs").mkdir()
+    Image.fromarray(noise(40, 50)).save(root / "cats/a.png")
+    Image.fromarray(noise(64, 33)).save(root / "cats/b.jpg")
+    Image.fromarray(noise(90, 90, 1)).save(root / "cats/grey.jpeg")
+    Image.fromarray(noise(32, 32, 4), "RGBA").save(root / "dogs/alpha.png")
+    Image.fromarray(noise(37, 45)).convert("P").save(root / "dogs/palette.gif")
+    Image.fromarray(rng.integers(0, 65536, (35, 35)).astype(np.uint16)).save(root / "dogs/deep.png")
+    Image.fromarray(noise(20, 200)).save(root / "dogs/wide.webp")
+    (root / "dogs/notes.txt").write_text("no picture")
+    if broken:
+        (root / "dogs/broken.png").write_bytes((root / "cats/a.png").read_bytes()[:2000])
+
+
+def zipped(root, path):
+    with zipfile.ZipFile(path, "w") as out:
+        for file in sorted(p for p in root.rglob("*") if p.is_file()):
+            out.write(file, file.relative_to(root))
+    return path
+
+
+def test_shapes_follow_from_seed_and_index():
+    one, two = data.Shapes(32), data.Shapes(32)
+    for i in (0, 7, 49_999):
+        assert np.array_equal(one.read(i), two.read(i)) and one.labels[i] == i % 10
+    assert one.read(3).shape == (32, 32, 3) and one.read(3).dtype == np.uint8
+    assert not np.array_equal(one.read(0), data.Shapes(32, seed=1).read(0)) and not np.array_equal(one.read(0), one.read(10))
+    large = np.asarray(Image.fromarray(data.Shapes(128).read(14)).resize((32, 32), Image.Resampling.BOX)).astype(float)
+    assert np.abs(large - one.read(14)).mean() < 2, "the same picture at any size"
+    assert len(data.Shapes.class_names) == 10 == len({data.Shapes(32).read(i).tobytes() for i in range(10)})
+
+
+def test_center_crop_is_adms():
+    """Known answers: an image of the right size is untouched; halving is a box mean; the middle is cut."""
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    assert np.array_equal(data.center_crop(Image.fromarray(image), 16), image)
+    halved = image.reshape(8, 2, 8, 2, 3).mean((1, 3))
+    assert np.abs(data.center_crop(Image.fromarray(image), 8) - halved).max() <= 1  # it rounds twice
+    wide = np.zeros((10, 31, 3), np.uint8)
+    wide[:, 10:20] = 200
+    assert (data.center_crop(Image.fromarray(wide), 10) == 200).all()
+    assert data.center_crop(Image.new("RGB", (500, 37)), 32).shape == (32, 32, 3)
+    assert data.center_crop(Image.new("RGB", (9, 5)), 32).shape == (32, 32, 3)
+
+
+def test_decode_modes():
+    def through(image, kind="png"):
+        file = io.BytesIO()
+        image.save(file, kind)
+        return np.asarray(data.decode(file))
+    half = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
+    half.putpixel((0, 0), (10, 20, 30, 255))
+    assert through(half).tolist() == [[[10, 20, 30], [255] * 3], [[255] * 3, [255] * 3]], "transparent is white"
+    assert (through(Image.new("L", (2, 2), 77)) == 77).all()
+    assert (through(Image.fromarray(np.full((2, 2), 257 * 99, np.uint16))) == 99).all(), "16 bits"
+    assert (through(Image.new("1", (2, 2), 1)) == 255).all()
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                       # camera held upright
+    file = io.BytesIO()
+    Image.new("RGB", (4, 2)).save(file, "jpeg", exif=exif)
+    assert data.decode(file).size == (2, 4)
+
+
+def test_folder_zip_npz_and_prepared_zip_hold_the_same():
+    with folder() as root:
+        pictures(root / "pics", broken=False)
+        files = data.open_dataset(root / "pics", 32)
+        assert files.class_names == ["cats", "dogs"] and files.labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
+        images = np.stack([files.read(i) for i in range(7)])
+        np.savez(root / "a.npz", images, arr_1=files.labels)
+        data.prepare(root / "pics", root / "ready.zip", 32, workers=0)
+        for path in (zipped(root / "pics", root / "a.zip"), root / "a.npz", root / "ready.zip"):
+            other = data.open_dataset(path, 32)
+            assert other.labels.tolist() == files.labels.tolist(), path
+            assert np.array_equal(np.stack([other.read(i) for i in range(7)]), images), path
+        assert data.open_dataset(root / "a.npz", 16).read(0).shape == (16, 16, 3)
+        refused(lambda: data.prepare(root / "pics", root / "ready.zip", 32), "ready.zip", "exists")
+        assert sorted(p.name for p in root.iterdir()) == ["a.npz", "a.zip", "pics", "ready.zip"], "nothing is left behind"
+
+
+def cifar(path, kind, records):
+    """A binary archive of n records as published: label bytes, then red, green and blue planes."""
+    n, rng = records, np.random.default_rng(1)
+    images, labels = rng.integers(0, 256, (n, 3, 32, 32), np.uint8), rng.integers(0, kind, (n, 1), np.uint8)
+    rows = np.concatenate([labels // 5, labels] if kind == 100 else [labels], axis=1)
+    raw = np.concatenate([rows, images.reshape(n, -1)], axis=1).tobytes()
+    parts = {"train.bin": raw} if kind == 100 else {f"data_batch_{k + 1}.bin": raw[k * (n // 5) * 3073:(k + 1) * (n // 5) * 3073] for k in range(5)}
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in reversed(parts.items()):
+            info = tarfile.TarInfo(f"cifar-{kind}-batches-bin/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return images.transpose(0, 2, 3, 1), labels[:, 0]
+
+
+def test_cifar_archives():
+    with folder() as root:
+        for kind in (10, 100):
+            path = root / f"cifar-{kind}-binary.tar.gz"
+            images, labels = cifar(path, kind, 20)
+            read = data.open_dataset(path, 32)
+            assert np.array_equal(np.stack([read.read(i) for i in range(20)]), images) and read.labels.tolist() == labels.tolist()
+        (root / "cut.tar.gz").write_bytes(path.read_bytes()[:9000])
+        refused(lambda: data.open_dataset(root / "cut.tar.gz", 32), "cut.tar.gz", "damaged")
+
+
+def test_data_that_cannot_be_used_is_refused():
+    with folder() as root:
+        opened = lambda name: lambda: data.open_dataset(root / name, 32)
+        refused(opened("nowhere"), "nowhere", "'shapes'")
+        (root / "empty").mkdir()
+        refused(opened("empty"), "holds no images", "'shapes'")
+        (root / "text.csv").write_text("a,b")
+        refused(opened("text.csv"), "cannot tell", "text.csv")
+        (root / "bad.zip").write_bytes(b"PK no zip")
+        refused(opened("bad.zip"), "bad.zip", "damaged")
+        (root / "bad.npz").write_bytes(b"PK no npz")
+        refused(opened("bad.npz"), "bad.npz")
+        np.savez(root / "other.npz", x=np.zeros(3))
+        refused(opened("other.npz"), "arr_0", "found: x")
+        np.savez(root / "float.npz", np.zeros((2, 32, 32, 3), np.float32))
+        refused(opened("float.npz"), "float32", "uint8")
+        np.savez(root / "short.npz", np.zeros((2, 32, 32, 3), np.uint8), arr_1=np.zeros(3, int))
+        refused(opened("short.npz"), "arr_1", "2 images")
+        pictures(root / "mixed")
+        Image.new("RGB", (8, 8)).save(root / "mixed/loose.png")
+        refused(opened("mixed"), "unclear")
+        for labels in ('{"labels": [["x.png", 0]]}', '{"labels": 3}', "no json", '{"labels": [["cats/a.png", "cat"]]}'):
+            (root / "one/cats").mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(root / "one/cats/a.png")
+            (root / "one/dataset.json").write_text(labels)
+            refused(opened("one"), "dataset.json")
+        (root / "one/dataset.json").write_text('{"labels": null}')
+        assert data.open_dataset(root / "one", 32).labels is None
+
+
+def test_order_follows_from_seed_and_place():
+    shapes = data.Shapes(8, n=13)
+    stream, again = data.Stream(shapes, seed=3, xflip=True), data.Stream(shapes, seed=3, xflip=True)
+    first = [stream[p] for p in range(40)]
+    for p in (39, 5, 17, 0, 26):                                           # any order of asking
+        assert torch.equal(again[p][0], first[p][0]) and again[p][1] == first[p][1]
+    find = lambda image: next(i for i in range(13) if np.array_equal(shapes.read(i), image) or np.array_equal(shapes.read(i)[:, ::-1], image))
+    seen = [find(x.permute(1, 2, 0).numpy()) for x, _, _ in first[:26]]
+    assert sorted(seen[:13]) == sorted(seen[13:]) == list(range(13)) and seen[:13] != seen[13:], "each epoch is another shuffle"
+    flips = [data.Stream(shapes, 0, True)[p][0].equal(data.Stream(shapes, 0, False)[p][0]) for p in range(400)]
+    assert 140 < sum(flips) < 260
+    assert any(not data.Stream(shapes, 4)[p][0].equal(data.Stream(shapes, 3)[p][0]) for p in range(5))
+
+
+def test_workers_do_not_change_the_order():
+    stream = data.Stream(data.Shapes(8, n=50), seed=1, xflip=True)
+    read = lambda workers: [(x, y) for x, y, _ in data.loader(stream, [range(k, k + 6) for k in range(0, 60, 6)], workers)]
+    for (x0, y0), (x2, y2) in zip(read(0), read(2)):
+        assert torch.equal(x0, x2) and torch.equal(y0, y2)
+
+
+def test_unreadable_images_are_named_skipped_and_counted():
+    with folder() as root:
+        pictures(root / "pics")
+        stream = data.Stream(data.open_dataset(root / "pics", 32))
+        found = [stream[p] for p in range(16)]
+        skipped = [name for _, _, unreadable in found for name, reason in unreadable]
+        assert set(skipped) == {"dogs/broken.png"} and len(skipped) == 2, "once in each of two epochs"
+        assert all(x.shape == (3, 32, 32) for x, _, _ in found)
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            counter = data.Unreadable(range(1000))
+            counter.add([(f"{i}.png", "cut short") for i in range(10)] * 2)
+            refused(lambda: counter.add([("last.png", "cut short")]), "11 of 1000", "last.png", "1 %")
+        assert said.getvalue().count("\n") == 11 and "3.png: cut short" in said.getvalue()
+        for file in (root / "pics").rglob("*.*"):
+            file.write_bytes(b"")
+        refused(lambda: data.Stream(data.open_dataset(root / "pics", 32))[0], "none of the 8 images")
+
+
+def test_save_grid():
+    images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 80, 80, 3), np.uint8) * 50
+    with folder() as root:
+        data.save_grid(images, root / "g.png", columns=3)
+        grid = np.asarray(Image.open(root / "g.png"))
+        assert grid.shape == (2 * 82 + 2, 3 * 82 + 2, 3)
+        assert grid[40, 40, 0] == 0 and grid[40, 122, 0] == 50 and grid[122, 40, 0] == 150 and (grid[122, 220] == 255).all()
+        data.save_grid(images[:, :16, :16], root / "s.png")
+        assert Image.open(root / "s.png").size == (3 * 66 + 2, 2 * 66 + 2), "small images are enlarged"
+        assert sorted(p.name for p in root.iterdir()) == ["g.png", "s.png"]
+    x = torch.tensor([-2.0, -1, 0, 1, 3]).view(1, 1, 1, 5).expand(1, 3, 1, 5)
+    assert data.to_uint8(x)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+def test_prepare_command():
+    with folder() as root:
+        pictures(root / "pics")
+        code, said = command(data, "prepare", root / "pics", root / "out.zip", "--size", 16, "--workers", 0)
+        assert code == 0 and "skipped dogs/broken.png" in said and "7 images of 16 x 16, 2 classes" in said, said
+        assert json.loads(zipfile.ZipFile(root / "out.zip").read("dataset.json"))["labels"][-1] == ["00000/img00000006.png", 1]
+        complains(data, "prepare", root / "pics", root / "out.zip", "--size", 16, words=["exists"])
+        complains(data, "prepare", root / "pics", root / "out.tar", "--size", 16, words=["out.tar", ".zip"])
+        complains(data, "prepare", root / "nowhere", root / "new.zip", "--size", 16, words=["nowhere"])
+        complains(data, "prepare", root / "pics", root / "new.zip", "--size", 0, words=["--size 0"])
+
+
+# ---------------------------------------------------------------------------------------------
+# configs.py
+
+def test_every_preset_builds_and_has_a_process():
+    for name, cfg in configs.PRESETS.items():
+        parameters, flops, tokens = configs.measure(cfg)
+        assert parameters > 0 and flops > 0 and tokens > 0 and configs.SOURCES[name][0], name
+        assert len(diffusion.build(cfg).levels(cfg.steps)) == cfg.steps
+    wanted = ["shapes", "cifar10", "ffhq64", "imagenet256", "imagenet256-depth30", "imagenet512", "dit-xl-2-512", "cifar100-450x6"]
+    assert set(wanted) <= set(configs.PRESETS) and sum(n.startswith("dit-") for n in configs.PRESETS) == 13
+
+
+def test_every_preset_takes_a_step_and_samples():
+    """Reduced in width and depth, through the same code."""
+    for name, cfg in configs.PRESETS.items():
+        small = dict(channels=(8,) * len(cfg.channels), blocks=(1,) * len(cfg.blocks), num_heads=2, cond_size=8) if cfg.model == "unet" else \
+            dict(hidden_size=16, depth=1, num_heads=2)
+        cfg = dataclasses.replace(cfg, **small, steps=2)
+        torch.manual_seed(0)
+        model, process = diffit.build(cfg), diffusion.build(cfg)
+        x = torch.randn(2, cfg.in_channels, cfg.input_size, cfg.input_size)
+        y = torch.tensor([0, cfg.num_classes - 1]) if cfg.num_classes else None
+        loss = process.loss(lambda x, t: model(x, t, y), x, process.draw(2))["loss"].mean()
+        loss.backward()
+        assert loss.isfinite(), name
+        for made, _ in sample.generate(model.eval(), cfg, [0]):
+            assert made.shape == x[:1].shape and made.isfinite().all(), name
+
+
+def test_flags_and_presets():
+    cfg = configs.config_from("dit-s-2", {"lr": 3e-4, "process": "edm", "learn_sigma": False, "sampler": "heun"})
+    assert (cfg.lr, cfg.process, cfg.hidden_size, cfg.timesteps) == (3e-4, "edm", 384, 1000)
+    unet = configs.config_from("shapes", {"model": "unet", "channels": (8, 8), "blocks": (1, 1)})
+    assert (unet.hidden_size, unet.patch_size, unet.data) == (0, 0, "shapes")
+    assert configs.numbers("4,4,0.5") == (4, 4, 0.5) and isinstance(configs.numbers("4")[0], int)
+    for given, words in [({"hidden_size": 7.5e400}, ["--hidden-size"]), ({"channels": (8,)}, ["--channels", "unet"]), ({"lr": -1.0}, ["--lr -1.0"]),
+                         ({"sampler": "dpmp"}, ["dpmp", "did you mean dpmpp"]), ({"batch_size": 64, "micro_batch": 7}, ["7", "64"]),
+                         ({"num_classes": 0}, ["--cfg 1.5", "classes"]), ({"learn_sigma": True}, ["--learn-sigma", "ddpm"]), ({"kimg": 0.0}, ["--kimg"]), ({"dropout": 0.5}, ["--dropout"]),
+                         ({"steps": 2000, "process": "ddpm"}, ["2000", "1000"]), ({"cfg_interval": (1,)}, ["LOW,HIGH"]), ({"beta2": 1.0}, ["--beta2"])]:
+        refused(lambda: configs.config_from("shapes", given), *words)
+    refused(lambda: configs.config_from("fhq64", {}), "fhq64", "did you mean ffhq64")
+
+
+def test_table_of_presets():
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        argv, sys.argv = sys.argv, ["configs.py"]
+        configs.main()
+        sys.argv = argv
+    lines = said.getvalue().split("\n")
+    assert any(line.split()[:4] == ["imagenet256", "diffit", "561.04M", "118.51"] for line in lines), said.getvalue()
+    assert all(any(line.startswith(name + " ") for line in lines) for name in configs.PRESETS)
+
+
+# ---------------------------------------------------------------------------------------------
+# train.py
+
+def test_ema():
+    cfg = dataclasses.replace(configs.PRESETS["shapes"], ema_decay=0.9)
+    model = nn.Linear(1, 1, bias=False)
+    ema = train.EMA(model, cfg)
+    start = ema.model.weight.item()
+    for k in range(5):
+        nn.init.constant_(model.weight, k)
+        ema.update(images=0)
+    close(ema.model.weight.item(), 0.9 ** 5 * start + sum(0.1 * 0.9 ** (4 - k) * k for k in range(5)), 1e-6)
+    cfg = dataclasses.replace(cfg, ema_decay=0.0, ema_halflife_kimg=1.0, ema_rampup=0.05, batch_size=100)
+    ema = train.EMA(model, cfg)
+    close(ema.beta(1e6) ** 10, 0.5, 1e-12, "half after a half-life of 1000 images")
+    close(ema.beta(4000), 0.5 ** (100 / 200), 1e-12, "ramp: 5 % of 4000 images")
+    assert ema.beta(0) == 0, "the first step is copied"
+
+
+def test_learning_rate():
+    cfg = dataclasses.replace(configs.PRESETS["shapes"], lr=2.0, lr_rampup_kimg=10, lr_decay="constant", kimg=100)
+    close([train.learning_rate(cfg, n) for n in (0, 2500, 10_000, 90_000)], [0, 0.5, 2, 2], 1e-12)
+    cfg = dataclasses.replace(cfg, lr_decay="cosine", lr_rampup_kimg=0.0)
+    close([train.learning_rate(cfg, n) for n in (0, 25_000, 50_000, 100_000)], [2, 1 + math.sqrt(0.5), 1, 0], 1e-12)
+
+
+def test_training_lowers_the_loss_and_writes_its_files():
+    with folder() as root:
+        code, said = command(train, *TINY, "--out", root / "run", "--kimg", 0.8, "--sample-kimg", 0.4, "--save-kimg", 0.4)
+        assert code == 0 and "complete" in said, said
+        log = [json.loads(line) for line in (root / "run/log.jsonl").read_text().splitlines()]
+        assert log[-1]["loss"] < 0.8 * log[0]["loss"] and log[-1]["step"] == 100, (log[0], log[-1])
+        assert {"kimg", "lr", "grad_norm", "mse", "images_per_s", "skipped", "unreadable", "memory_gb"} <= log[0].keys()
+        names = {p.name for p in (root / "run").iterdir()}
+        assert {"config.json", "log.jsonl", "loss.png", "last.pt", "000000.pt", "samples-000000.png"} == names, names
+        assert Image.open(root / "run/loss.png").size == (720, 400)
+        code, said = command(train, *TINY, "--out", root / "run", "--kimg", 0.8)
+        assert code == 0 and "complete" in said
+
+
+def test_resumed_equals_unbroken():
+    """Stopped in the middle of a tick and started again by the same command: every tensor and the log, bit for bit."""
+    with folder() as root:
+        whole = tiny_run(root / "whole")
+        tiny_run(root / "parts", kimg=0.024)
+        parts = tiny_run(root / "parts")
+        assert whole["step"] == parts["step"] == 10
+        assert same(whole, parts), "the resumed run differs"
+        other = tiny_run(root / "other", "--seed", 1)
+        assert not same(whole["model"], other["model"])
+
+
+def test_micro_batches_add_up_to_the_batch():
+    """The gradient of 2 x 4 images is that of 8: with dropout, noise and timesteps out of the way, the same steps."""
+    cfg = dataclasses.replace(configs.PRESETS["shapes"], hidden_size=16, depth=1, num_heads=2, class_dropout_prob=0.0, batch_size=8)
+
+    def gradients(micro):
+        torch.manual_seed(0)
+        model, x = diffit.build(cfg), torch.from_numpy(np.stack([data.Shapes(32).read(i) for i in range(8)])).permute(0, 3, 1, 2).float() / 128 - 1
+        process, noise, sigma, y = diffusion.build(cfg), torch.randn(8, 3, 32, 32), torch.rand(8) + 0.1, torch.arange(8)
+        for part in torch.arange(8).split(micro):
+            (process.loss(lambda x, t: model(x, t, y[part]), x[part], sigma[part], noise[part])["loss"].mean() * micro / 8).backward()
+        return model
+    for a, b in zip(gradients(8).parameters(), gradients(4).parameters()):
+        close(a.grad, b.grad, 1e-6)
+    with folder() as root:
+        state = tiny_run(root / "run", "--micro-batch", 4)
+        assert state["step"] == 10 and state["progress"]["log"][-1]["loss"] > 0
+
+
+def test_signal_finishes_the_step_and_saves():
+    with folder() as root:
+        run = [sys.executable, "train.py", *map(str, TINY), "--kimg", "1000", "--out", str(root / "run")]
+        process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent)
+        while "loss" not in process.stderr.readline():                     # the first tick: training is under way
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode == 143 and "stopped by SIGTERM and saved" in said and "Traceback" not in said, said
+        stopped = torch.load(root / "run/last.pt", weights_only=True)
+        assert same(stopped, tiny_run(root / "again", kimg=stopped["step"] * 8 / 1000)), "stopped is not like never stopped"
+
+
+def test_non_finite_steps_are_skipped_and_ten_in_a_row_end_the_run():
+    class Poisoned(data.Shapes):
+        def read(self, i):
+            if self.bad(i):
+                raise AssertionError("poison is put into the loss, not the image")
+            return super().read(i)
+    cfg = configs.config_from("shapes", dict(hidden_size=16, depth=1, num_heads=2, batch_size=8, kimg=0.16, workers=0, tick_kimg=0.16, steps=2, sample_kimg=9.0))
+    loss, count = EDM.loss, [0]
+
+    def poisoned(bad):
+        def replacement(self, f, x0, t, noise=None):
+            count[0] += 1
+            losses = loss(self, f, x0, t, noise)
+            return {n: v * (math.nan if bad(count[0]) else 1) for n, v in losses.items()}
+        return replacement
+    try:
+        with folder() as root, contextlib.redirect_stderr(io.StringIO()):
+            EDM.loss, count[0] = poisoned(lambda k: k in (3, 4, 9)), 0
+            (root / "a").mkdir()
+            train.train(cfg, data.Shapes(32), root / "a", device=torch.device("cpu"))
+            state = torch.load(root / "a/last.pt", weights_only=True)
+            assert state["progress"]["skipped"] == 3 and math.isfinite(state["progress"]["log"][-1]["loss"])
+            assert all(v.isfinite().all() for v in state["ema"].values())
+            EDM.loss, count[0] = poisoned(lambda k: k > 5), 0
+            (root / "b").mkdir()
+            refused(lambda: train.train(cfg, data.Shapes(32), root / "b", device=torch.device("cpu")), "10 steps in a row", "step 14")
+    finally:
+        EDM.loss = loss
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def test_real_pictures_train_resume_and_sample():
+    """python train.py --preset cifar10 --data FOLDER, .zip, .npz: mixed sizes, modes and formats, one file truncated."""
+    small = ("--preset", "cifar10", "--channels", "8,8,8", "--blocks", "1,1,1", "--num-heads", 2, "--cond-size", 16, "--batch-size", 4,
+             "--steps", 2, "--tick-kimg", 0.008, "--workers", 1)
+    with folder() as root:
+        pictures(root / "pics")
+        files = data.Files(root / "pics", 32)
+        good = [i for i, n in enumerate(files.names) if "broken" not in n]
+        np.savez(root / "pics.npz", np.stack([files.read(i) for i in good]))
+        zipped(root / "pics", root / "pics.zip")
+        for name in ("pics", "pics.zip", "pics.npz"):
+            for kimg in (0.008, 0.016):
+                code, said = command(train, *small, "--data", root / name, "--out", root / f"run-{name}", "--kimg", kimg)
+                assert code == 0, said
+                assert ("skipped dogs/broken.png" in said) == (name != "pics.npz" and kimg == 0.008 or "dogs/broken.png" in said), said
+            assert "resumed" in said
+            code, said = command(sample, "--ckpt", root / f"run-{name}/last.pt", "--n", 2, "--out", root / f"{name}.png")
+            assert code == 0 and Image.open(root / f"{name}.png").size == (134, 68), said
+
+
+def test_training_refuses_what_it_cannot_do():
+    with folder() as root:
+        pictures(root / "pics")
+        out = ("--out", root / "new")
+        complains(train, "--preset", "imagnet256", *out, words=["imagnet256", "did you mean imagenet256"])
+        complains(train, "--hiden-size", 3, *out, words=["--hiden-size", "did you mean --hidden-size"])
+        complains(train, "--lr", "fast", *out, words=["--lr", "fast"])
+        complains(train, "--preset", "cifar10", *out, words=["--data", "'shapes'"])
+        complains(train, "--preset", "cifar10", "--data", root / "nothing", *out, words=["nothing"])
+        complains(train, "--preset", "imagenet256", "--data", root / "pics", *out, words=["3 channels", "takes 4"])
+        complains(train, "--input-size", 30, *out, words=["30 x 30", "multiple"])
+        complains(train, "--num-classes", 5, *out, words=["label 9", "0 to 4", "--num-classes 10"])
+        np.savez(root / "plain.npz", np.zeros((3, 32, 32, 3), np.uint8))
+        complains(train, "--data", root / "plain.npz", *out, words=["no labels", "--num-classes 0"])
+        complains(train, "--steps", 0, *out, words=["--steps"])
+        complains(train, "--init-from", root / "no.pt", *out, words=["no.pt"])
+        assert not (root / "new").exists(), "a refused run leaves nothing behind"
+        complains(train, "--out", root / "pics", words=["no run of train.py"])
+        complains(train, "--out", root / "plain.npz", words=["is a file"])
+
+
+def test_a_folder_with_another_run_is_kept():
+    with folder() as root:
+        before = tiny_run(root / "run")
+        files = {p.name: p.read_bytes() for p in (root / "run").iterdir()}
+        complains(train, *TINY, "--out", root / "run", "--lr", 0.5, words=["another run", "lr is 0.001 there and 0.5 here"])
+        complains(train, *TINY, "--out", root / "run", "--overwrite", "--data", root / "none", words=["none"])
+        assert files == {p.name: p.read_bytes() for p in (root / "run").iterdir()}, "a refused run changed files"
+        after = tiny_run(root / "run", "--lr", 0.5, "--overwrite")
+        assert after["config"]["lr"] == 0.5 and not same(before["model"], after["model"])
+        (root / "run/last.pt").write_bytes((root / "run/last.pt").read_bytes()[:5000])
+        complains(train, *TINY, "--out", root / "run", "--lr", 0.5, "--kimg", 5, words=["last.pt", "truncated"])
+        (root / "run/config.json").write_text("{")
+        complains(train, *TINY, "--out", root / "run", words=["config.json", "damaged"])
+
+
+def test_init_from_takes_the_ema_weights():
+    with folder() as root:
+        state = tiny_run(root / "a")
+        code, said = command(train, *TINY, "--out", root / "b", "--kimg", 0.008, "--lr", 1e-12, "--init-from", root / "a/last.pt")
+        assert code == 0, said
+        for name, value in torch.load(root / "b/last.pt", weights_only=True)["model"].items():
+            close(value, state["ema"][name], 1e-6, name)
+        complains(train, *TINY, "--hidden-size", 64, "--out", root / "c", "--init-from", root / "a/last.pt", words=["do not fit", "expected"])
+
+
+def test_checkpoints_hold_tensors_and_plain_values_and_survive_a_failed_write():
+    with folder() as root:
+        tiny_run(root / "run")
+        before = (root / "run/last.pt").read_bytes()
+        real = os.fsync
+
+        def full_disk(descriptor):
+            raise OSError(28, "No space left on device")
+        os.fsync = full_disk
+        try:
+            complains(train, *TINY, "--out", root / "run", "--kimg", 0.16, words=["No space left"])
+        finally:
+            os.fsync = real
+        assert (root / "run/last.pt").read_bytes() == before
+
+
+# ---------------------------------------------------------------------------------------------
+# sample.py
+
+@contextlib.contextmanager
+def checkpoint(*flags):
+    with folder() as root:
+        tiny_run(root / "run", *flags, kimg=0.016)
+        yield root, root / "run/last.pt"
+
+
+def test_image_i_follows_from_seed_and_i():
+    with checkpoint("--lr", 0.01) as (root, path):
+        model, cfg = sample.load_model(path, device="cpu")
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+        for settings in (dict(sampler="heun", cfg=2.0), dict(sampler="ddpm", cfg=1.0), dict(sampler="ddim", eta=0.7, cfg=1.5), dict(sampler="dpmpp")):
+            cfg = dataclasses.replace(cfg, **settings)
+            make = lambda indices, batch, seed=5: np.concatenate([data.to_uint8(x) for x, _ in sample.generate(model, cfg, indices, seed=seed, batch=batch)])
+            all_at_once, in_parts, some = make(range(6), 6), make(range(6), 4), make([5, 2], 1)
+            off = lambda a, b: np.abs(a.astype(int) - b.astype(int)).max()
+            assert off(all_at_once, in_parts) <= 1 and off(all_at_once[[5, 2]], some) <= 1, settings
+            assert off(all_at_once[0], all_at_once[1]) > 1 and off(all_at_once, make(range(6), 6, seed=6)) > 1
+
+
+def test_classes():
+    cfg = configs.PRESETS["shapes"]
+    assert [sample.class_of(i, cfg, [2, 7]) for i in range(4)] == [2, 7, 2, 7]
+    assert sorted(sample.class_of(i, cfg) for i in range(10)) == list(range(10)) == sample.parse_classes("all", cfg)
+    assert sample.parse_classes("207,360", dataclasses.replace(cfg, num_classes=1000)) == [207, 360]
+
+
+def test_sampling_writes_grid_folder_and_npz():
+    with checkpoint() as (root, path):
+        flags = ("--ckpt", path, "--n", 5, "--batch", 2, "--classes", "3,1", "--sampler", "ddim", "--eta", 0.5, "--cfg", 2, "--cfg-interval", "0.1,5")
+        code, said = command(sample, *flags, "--out", root / "g.png", "--dir", root / "each", "--npz", root / "a.npz")
+        assert code == 0, said
+        arrays = np.load(root / "a.npz")
+        assert arrays["arr_0"].shape == (5, 32, 32, 3) and arrays["arr_0"].dtype == np.uint8 and arrays["arr_1"].tolist() == [3, 1, 3, 1, 3]
+        names = sorted(p.name for p in (root / "each").iterdir())
+        assert names == [f"{i:06}.png" for i in range(5)]
+        assert all(np.array_equal(np.asarray(Image.open(root / "each" / n)), a) for n, a in zip(names, arrays["arr_0"]))
+        assert Image.open(root / "g.png").size == (2 * 66 + 2, 3 * 66 + 2), "a column for each class"
+        raw, ema = (torch.load(path, weights_only=True)[k]["final_layer.linear.weight"] for k in ("model", "ema"))
+        assert torch.equal(sample.load_model(path, raw=True, device="cpu")[0].final_layer.linear.weight, raw)
+        assert torch.equal(sample.load_model(path, device="cpu")[0].final_layer.linear.weight, ema) and not torch.equal(raw, ema)
+
+
+def test_sampling_refuses_what_it_cannot_do():
+    with checkpoint() as (root, path):
+        no = lambda *args, words: complains(sample, "--ckpt", path, *args, words=words)
+        out = ("--out", root / "x.png")
+        complains(sample, "--ckpt", root / "none.pt", *out, words=["none.pt"])
+        (root / "cut.pt").write_bytes(path.read_bytes()[:20_000])
+        complains(sample, "--ckpt", root / "cut.pt", *out, words=["cut.pt", "truncated"])
+        (root / "text.pt").write_text("no checkpoint")
+        complains(sample, "--ckpt", root / "text.pt", *out, words=["text.pt"])
+        torch.save({"weights": torch.zeros(3)}, root / "foreign.pt")
+        complains(sample, "--ckpt", root / "foreign.pt", *out, words=["foreign.pt", "not a checkpoint of train.py"])
+        state = torch.load(path, weights_only=True)
+        torch.save({**state, "config": {**state["config"], "hidden_size": 64}}, root / "shape.pt")
+        complains(sample, "--ckpt", root / "shape.pt", *out, words=["shape.pt", "of another shape", "expected"])
+        torch.save({**state, "ema": {n: v for n, v in state["ema"].items() if "fc1" not in n}}, root / "less.pt")
+        complains(sample, "--ckpt", root / "less.pt", *out, words=["2 missing", "fc1"])
+        no("--classes", "3,10", *out, words=["no class 10", "0 to 9"])
+        no("--classes", "-1", *out, words=["-1"])
+        no("--classes", "cat", *out, words=["cat"])
+        no("--steps", 0, *out, words=["--steps"])
+        no("--n", 0, *out, words=["--n 0"])
+        no("--sampler", "dpmpq", *out, words=["did you mean dpmpp"])
+        no("--eta", 1, *out, words=["--eta", "ddim"])
+        no("--cgf", 2, *out, words=["--cgf", "did you mean --cfg"])
+        no("--out", root / "nowhere/x.png", words=["nowhere", "does not exist"])
+        no("--out", root / "x.doc", words=["x.doc", ".png"])
+        (root / "taken.png").write_bytes(b"precious")
+        no("--out", root / "taken.png", words=["taken.png", "exists"])
+        no("--dir", root / "run", words=["not an empty folder"])
+        assert (root / "taken.png").read_bytes() == b"precious" and not (root / "x.png").exists()
+    with checkpoint("--process", "ddpm", "--sampler", "ddpm", "--num-classes", 0, "--cfg", 1) as (root, path):
+        complains(sample, "--ckpt", path, "--steps", 1001, "--out", root / "x.png", words=["1001", "1 to 1000"])
+        complains(sample, "--ckpt", path, "--classes", "all", "--out", root / "x.png", words=["without classes"])
+        complains(sample, "--ckpt", path, "--cfg", 2, "--out", root / "x.png", words=["--cfg 2", "classes"])
+
+
+def test_a_classifier_recognises_real_shapes_and_no_others():
+    shapes = data.Shapes(32, 200, seed=5)
+    images = np.stack([shapes.read(i) for i in range(200)])
+    right, real = sample.recognised(images, shapes.labels)
+    assert right > 0.97 and real > 0.98, (right, real)
+
+
+# ---------------------------------------------------------------------------------------------
+# CUDA
+
+def need_cuda():
+    if not torch.cuda.is_available():
+        raise Skip("no CUDA device")
+    return torch.device("cuda")
+
+
+def test_cuda_forward_equals_cpu():
+    device = need_cuda()
+    for model in (fill(diffit.DiffiT(**SMALL).eval()), fill(diffit.DiT(**SMALL).eval())):
+        x, t, y = torch.randn(3, 4, 8, 8), torch.tensor([0, 37, 999]), torch.tensor([0, 3, 10])
+        with torch.no_grad():
+            expected = model(x, t, y)
+            close(model.to(device)(x.to(device), t.to(device), y.to(device)).cpu(), expected, 1e-4)
+
+
+def test_cuda_trains_resumes_and_samples():
+    need_cuda()
+    with folder() as root:
+        tiny_run(root / "run", kimg=0.04)
+        state = tiny_run(root / "run", kimg=0.08)
+        assert state["step"] == 10 and all(v.isfinite().all() for v in state["model"].values())
+        code, said = command(sample, "--ckpt", root / "run/last.pt", "--n", 4, "--out", root / "x.png")
+        assert code == 0, said
+
+
+def test_cuda_compiled_blocks_equal_eager_ones():
+    device = need_cuda()
+    model = fill(diffit.DiffiT(**SMALL).eval()).to(device)
+    x, t, y = torch.randn(3, 4, 8, 8, device=device), torch.tensor([0, 37, 999], device=device), torch.tensor([0, 3, 10], device=device)
+    with torch.no_grad():
+        expected = model(x, t, y)
+        for block in model.blocks:
+            block.compile()
+        close(model(x, t, y).cpu(), expected.cpu(), 1e-4)
+
+
+# ---------------------------------------------------------------------------------------------
+# Running them
+
+def main():
+    words, counts = sys.argv[1:], {"passed": 0, "failed": 0, "skipped": 0}
+    torch.set_num_threads(min(torch.get_num_threads(), 8))
+    for name, test in [(n[5:], f) for n, f in globals().items() if n.startswith("test_")]:
+        if words and not any(word in name for word in words):
+            continue
+        start, outcome, detail = time.time(), "passed", ""
+        try:
+            test()
+        except Skip as reason:
+            outcome, detail = "skipped", f": {reason}"
+        except Exception:
+            outcome, detail = "failed", "\n" + traceback.format_exc()
+        counts[outcome] += 1
+        print(f"{outcome:8}{time.time() - start:6.1f} s  {name.replace('_', ' ')}{detail}", flush=True)
+    print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+    sys.exit(1 if counts["failed"] or not sum(counts.values()) else 0)
+
+
+if __name__ == "__main__":
+    main()
