@@ -22,7 +22,8 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-KINDS = "'shapes', a folder of images (sub-folders are classes), a .zip of images, an .npz, or a CIFAR-10/100 binary archive"
+KINDS = ("'shapes', a folder of images (sub-folders are classes), a .zip of images, an .npz, "
+         "or a CIFAR-10/100 binary archive")
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError)
 
 
@@ -46,7 +47,8 @@ def center_crop(image, size):
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     if scale != 1:
-        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+        size_now = round(image.width * scale), round(image.height * scale)
+        image = image.resize(size_now, Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
@@ -61,9 +63,11 @@ def around(n, radius=1.0, phase=0.0):
 
 
 def outlines():
-    """The ten shapes in the unit circle: name -> polygons to draw in turn, (points (K, 2), 1 to fill or 0 to cut out)."""
+    """The ten shapes in the unit circle: name -> polygons to draw in turn, each (points (K, 2), 1 to fill or 0 to cut
+    out)."""
     u = np.linspace(0, 2 * np.pi, 48, endpoint=False)
-    heart = np.stack([16 * np.sin(u) ** 3, -13 * np.cos(u) + 5 * np.cos(2 * u) + 2 * np.cos(3 * u) + np.cos(4 * u)], 1)
+    heart = np.stack([16 * np.sin(u) ** 3,
+                      -13 * np.cos(u) + 5 * np.cos(2 * u) + 2 * np.cos(3 * u) + np.cos(4 * u)], axis=1)
     star = np.stack([around(5), around(5, 0.42, np.pi / 5)], axis=1).reshape(10, 2)
     upright = np.array([(-0.33, -0.95), (0.33, -0.95), (0.33, 0.95), (-0.33, 0.95)])
     bar = np.array([(-0.9, -0.17), (0.9, -0.17), (0.9, 0.17), (-0.9, 0.17)])
@@ -100,8 +104,8 @@ class Shapes:
     def read(self, i):
         rng = np.random.default_rng([self.seed, i])
         radius, tilt, hue, saturation, value, right, down = rng.uniform(
-            [0.22, -0.35, 0, 0.75, 0.85, 0, 0], [0.40, 0.35, 1, 1, 1, 1, 1])
-        ground = rng.uniform(0, 0.15, 3)
+            [0.32, -0.2, 0, 0.75, 0.85, 0, 0], [0.44, 0.2, 1, 1, 1, 1, 1])
+        ground = rng.uniform(0.2, 0.32, 3)
         turn = np.array([[math.cos(tilt), math.sin(tilt)], [-math.sin(tilt), math.cos(tilt)]])
         centre = radius + 0.02 + (0.96 - 2 * radius) * np.array([right, down])
         mask = Image.new("L", (4 * self.size, 4 * self.size))
@@ -130,7 +134,7 @@ class Files:
         found = {n for n in found if not any(part.startswith(hidden) for part in n.split("/"))}
         self.names = sorted(n for n in found if Path(n).suffix.lower() in EXTENSIONS)
         if not self.names:
-            raise ValueError(f"{path} holds no images (looked for {' '.join(sorted(EXTENSIONS))}); --data takes {KINDS}")
+            raise ValueError(f"{path} holds no images ({' '.join(sorted(EXTENSIONS))}); --data takes {KINDS}")
         self.labels, self.class_names = self.find_labels("dataset.json" in found)
 
     def find_labels(self, described):
@@ -153,8 +157,8 @@ class Files:
         if not classes:
             return None, []
         if None in folders:
-            raise ValueError(f"{self.path} has images both beside and inside sub-folders, so their classes are unclear; "
-                             f"put all of them in sub-folders, or none")
+            raise ValueError(f"{self.path} has images both beside and inside sub-folders, so their classes are "
+                             f"unclear; put all of them in sub-folders, or none")
         return np.array([classes.index(f) for f in folders]), classes
 
     def zip(self):
@@ -195,7 +199,7 @@ class Arrays:
 
     def read(self, i):
         image = self.images[i]
-        return image if image.shape[:2] == (self.size, self.size) else center_crop(Image.fromarray(image), self.size)
+        return image if image.shape[0] == image.shape[1] == self.size else center_crop(Image.fromarray(image), self.size)
 
 
 def read_npz(path, size):
@@ -206,22 +210,25 @@ def read_npz(path, size):
             raise ValueError(f"{path} has no array arr_0 (found: {', '.join(file.files) or 'nothing'})")
         images, labels = file["arr_0"], file["arr_1"] if "arr_1" in file else None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
-        raise ValueError(f"arr_0 in {path} is {images.dtype} {images.shape}; expected uint8 (n, height, width, 3)")
+        raise ValueError(f"arr_0 in {path} is {images.dtype} {images.shape}, not uint8 (n, height, width, 3)")
     if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min() < 0):
-        raise ValueError(f"arr_1 in {path} is {labels.dtype} {labels.shape}; expected one class number for each of {len(images)} images")
+        raise ValueError(f"arr_1 in {path} is {labels.dtype} {labels.shape}, not one class number 0, 1, ... for each of "
+                         f"the {len(images)} images")
     names = [] if labels is None else [str(i) for i in range(labels.max() + 1)]
     return Arrays(images, None if labels is None else labels.astype(np.int64), size, names)
 
 
 def read_cifar(path, size):
-    """The training images of cifar-10-binary.tar.gz or cifar-100-binary.tar.gz (fine labels). A record is 1 or 2
-    label bytes, then 3 x 32 x 32 pixels."""
+    """The training images of cifar-10-binary.tar.gz, or cifar-100-binary.tar.gz with its fine labels. A record is
+    1 or 2 label bytes, then 3 x 32 x 32 pixels."""
     with tarfile.open(path) as tar:
         files = {Path(m.name).name: m for m in tar.getmembers() if m.isfile()}
         batches = sorted(n for n in files if n.startswith("data_batch_") and n.endswith(".bin"))
-        header, batches, titles = (1, batches, "batches.meta.txt") if batches else (2, ["train.bin"], "fine_label_names.txt")
+        header, titles = (1, "batches.meta.txt") if batches else (2, "fine_label_names.txt")
+        batches = batches or ["train.bin"]
         if batches[0] not in files:
-            raise ValueError(f"{path} holds neither data_batch_1.bin (CIFAR-10) nor train.bin (CIFAR-100): take the binary version")
+            raise ValueError(f"{path} holds neither data_batch_1.bin (CIFAR-10) nor train.bin (CIFAR-100); "
+                             f"take the binary version of the archive")
         raw = b"".join(tar.extractfile(files[n]).read() for n in batches)
         names = tar.extractfile(files[titles]).read().decode().split() if titles in files else []
     if not raw or len(raw) % (header + 3072):
@@ -247,19 +254,19 @@ def open_dataset(path, size):
     try:
         return reader(path, size)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, KeyError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): the file is damaged or incomplete; fetch or make it again") from None
+        raise ValueError(f"{path} cannot be read ({error}): it is damaged or incomplete; fetch or make it again") from None
 
 
 # ---------------------------------------------------------------------------------------------
 # The order of training
 
 class Stream(torch.utils.data.Dataset):
-    """A data set in training order: place p = 0, 1, 2, ... without end -> (uint8 (3, size, size), label, unreadable).
+    """A data set in training order: place 0, 1, 2, ... without end -> uint8 (3, size, size), label, unreadable.
 
     Each run of n places is one shuffle of the n images. What comes at a place, and whether it is mirrored,
-    depends on (seed, place) alone, so there is nothing to save for a resume, and neither the number of
-    processes nor of workers changes it. An unreadable image gives way to the next one of the shuffle; `unreadable` lists
-    (name, reason) of those passed over."""
+    depends on (seed, place) alone: there is nothing to save for a resume, and neither the number of
+    processes nor of workers changes it. An unreadable image gives way to the next one of the shuffle;
+    `unreadable` lists (name, reason) of those passed over."""
 
     def __init__(self, dataset, seed=0, xflip=False):
         self.dataset, self.seed, self.xflip, self.epoch, self.order = dataset, seed, xflip, None, None
@@ -295,7 +302,8 @@ def ignore_interrupts(_):
 
 
 def loader(dataset, batches, workers, pin_memory=False):
-    """A DataLoader over `batches`, an iterable of lists of places: images (b, 3, H, W) uint8, labels (b,), unreadable."""
+    """A DataLoader over `batches`, an iterable of lists of places -> images (b, 3, H, W) uint8, labels (b,),
+    unreadable."""
     return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
                                        worker_init_fn=ignore_interrupts, pin_memory=pin_memory,
                                        prefetch_factor=4 if workers else None)
@@ -314,8 +322,8 @@ class Unreadable:
                 self.found[name] = reason
                 print(f"skipped {name}: {reason}", file=sys.stderr, flush=True)
         if len(self.found) > self.limit:
-            raise ValueError(f"{len(self.found)} of {self.total} images cannot be read, more than 1 %; mend or remove them: "
-                             + ", ".join(self.found))
+            raise ValueError(f"{len(self.found)} of {self.total} images cannot be read, more than 1 %; mend or remove "
+                             f"them: " + ", ".join(self.found))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -326,8 +334,13 @@ def to_uint8(x):
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
+def to_float(images):
+    """(B, H, W, 3) uint8 numpy -> (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
 def save_grid(images, path, columns=None):
-    """uint8 (n, H, W, 3) -> one picture, row by row; images under 64 pixels are enlarged. Written whole or not at all."""
+    """uint8 (n, H, W, 3) -> one picture, row by row; images under 64 pixels are enlarged."""
     n, height, width, _ = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows, zoom, gap = math.ceil(n / columns), max(1, 64 // width), 2
@@ -351,8 +364,8 @@ def save_image(image, path):
 # python data.py prepare SRC DEST.zip --size 64
 
 def prepare(source, dest, size, workers=2):
-    """Crop, resize and pack any data that training reads into an uncompressed .zip of PNGs with a dataset.json. The file appears
-    when it is complete; one that exists is left alone (ValueError)."""
+    """Crop, resize and pack any data that training reads into an uncompressed .zip of PNGs with a dataset.json. The
+    file appears when it is complete; one that exists is left alone (ValueError)."""
     dest = Path(dest)
     if dest.suffix != ".zip":
         raise ValueError(f"{dest} does not end in .zip, which is what prepare writes")
@@ -366,7 +379,7 @@ def prepare(source, dest, size, workers=2):
     try:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as out:
             for files, bad in torch.utils.data.DataLoader(Packer(dataset), batch_sampler=batches, num_workers=workers,
-                                                          collate_fn=Packer.collate, worker_init_fn=ignore_interrupts):
+                                                          collate_fn=Packer.collate):
                 unreadable.add(bad)
                 for png, label in files:
                     name = f"{len(labels) // 1000:05d}/img{len(labels):08d}.png"

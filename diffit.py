@@ -120,7 +120,9 @@ class TMSA(nn.Module):
         """(h, w*w, w*w): entry (i, j) is the table's row for the offset of token j from token i."""
         w = self.window
         table = self.relative_position_bias_table.view(2 * w - 1, 2 * w - 1, -1)
-        table = table.unfold(0, w, 1).unfold(1, w, 1).flip(3, 4)           # [yi, xi, h, yj, xj] = [yi-yj+w-1, xi-xj+w-1]
+        # Of token i at (yi, xi) and j at (yj, xj) it takes row yi - yj + w - 1, column xi - xj + w - 1: windows slid
+        # over the table, read backwards. No index is stored.
+        table = table.unfold(0, w, 1).unfold(1, w, 1).flip(3, 4)           # (yi, xi, h, yj, xj)
         return table.permute(2, 0, 1, 3, 4).reshape(-1, w * w, w * w)
 
     def forward(self, x, c):
@@ -141,7 +143,7 @@ class TMSA(nn.Module):
 
 def check_heads(dim, num_heads):
     if dim % num_heads:
-        raise ValueError(f"width {dim} cannot be split into {num_heads} heads; choose a number of heads that divides it")
+        raise ValueError(f"width {dim} cannot be split into {num_heads} heads; choose a number that divides it")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -307,9 +309,11 @@ class DiffiTUNet(nn.Module):
         super().__init__()
         levels = len(channels)
         if len(blocks) != levels:
-            raise ValueError(f"{levels} widths {channels} but {len(blocks)} block counts {blocks}; give one for each resolution")
+            raise ValueError(f"{levels} widths {channels} but {len(blocks)} block counts {blocks}; "
+                             f"give one for each resolution")
         if input_size % 2 ** (levels - 1):
-            raise ValueError(f"{levels} resolutions need a size divisible by {2 ** (levels - 1)}; {input_size} is not")
+            raise ValueError(f"{levels} resolutions need a size divisible by {2 ** (levels - 1)}; "
+                             f"{input_size} is not")
         self.num_classes = num_classes
         self.t_embedder = TimestepEmbedder(cond_size)
         self.y_embedder = LabelEmbedder(num_classes, cond_size, class_dropout_prob) if num_classes else None
@@ -322,7 +326,7 @@ class DiffiTUNet(nn.Module):
         down, up = range(levels - 1), range(1, levels)
         self.tokenizer = nn.Conv2d(in_channels, channels[0], 3, padding=1)
         self.encoder = nn.ModuleList(stage(level, 0) for level in range(levels))
-        self.downsamplers = nn.ModuleList(nn.Conv2d(channels[i], channels[i + 1], 3, stride=2, padding=1) for i in down)
+        self.downsamplers = nn.ModuleList(nn.Conv2d(channels[i], channels[i + 1], 3, 2, padding=1) for i in down)
         # The coarsest stage has no skip: it would join the encoder's output to itself.
         self.decoder = nn.ModuleList(stage(i, channels[i] if i < levels - 1 else 0) for i in range(levels))
         self.upsamplers = nn.ModuleList(nn.Conv2d(channels[i], channels[i - 1], 3, padding=1) for i in up)
@@ -340,7 +344,7 @@ class DiffiTUNet(nn.Module):
         skips, coarsest = [], len(self.encoder) - 1
         for level, stage in enumerate(self.encoder):
             for block in stage:
-                x = block(x, c)                                            # (B, channels[level], H >> level, W >> level)
+                x = block(x, c)                                            # (B, channels[level], H / 2^level, ...)
             if level < coarsest:
                 skips.append(x)
                 x = self.downsamplers[level](x)
@@ -359,7 +363,8 @@ def condition(model, t, y):
     if model.y_embedder is not None:
         c = c + model.y_embedder(torch.full_like(t, model.num_classes, dtype=torch.long) if y is None else y)
     elif y is not None:
-        raise ValueError("this network was built without classes (num_classes = 0), but was given labels; call it with y=None")
+        raise ValueError("this network was built without classes (num_classes = 0), but was given labels; "
+                         "call it with y=None")
     return c
 
 

@@ -45,8 +45,8 @@ class Diffusion:
         previous = np.append(1.0, self.abar[:-1])
         self.log_beta = np.log(betas)
         posterior = betas * (1 - previous) / (1 - self.abar)               # beta-tilde, DDPM eq. 7
-        self.log_posterior = np.log(np.append(posterior[1], posterior[1:]))  # it is 0 at t = 0: the next one stands in
-        self.x0_coef = betas * np.sqrt(previous) / (1 - self.abar)         # posterior mean = x0_coef x_0 + xt_coef x_t
+        self.log_posterior = np.log(np.append(posterior[1], posterior[1:]))  # 0 at t = 0: the next stands in
+        self.x0_coef = betas * np.sqrt(previous) / (1 - self.abar)         # posterior mean: x0_coef x_0 + xt_coef x_t
         self.xt_coef = (1 - previous) * np.sqrt(1 - betas) / (1 - self.abar)
 
     # ---- training
@@ -60,21 +60,21 @@ class Diffusion:
         dimension, of the learned variance; the VLB sends no gradient to the mean (iDDPM Sec. 3.1)."""
         noise = torch.randn_like(x0) if noise is None else noise
         xt = self.at(np.sqrt(self.abar), t, x0) * x0 + self.at(np.sqrt(1 - self.abar), t, x0) * noise
-        eps, v = self.split(f(xt, t).to(x0.dtype), x0.shape[1])
+        eps, share = self.split(f(xt, t).to(x0.dtype), x0.shape[1])
         mse = mean_flat((noise - eps) ** 2)
-        if v is None:
+        if self.variance != "learned":
             return {"loss": mse, "mse": mse}
-        vlb = self.vlb(x0, xt, t, eps.detach(), v)
+        vlb = self.vlb(x0, xt, t, eps.detach(), share)
         return {"loss": mse + vlb, "mse": mse, "vlb": vlb}
 
-    def vlb(self, x0, xt, t, eps, v):
+    def vlb(self, x0, xt, t, eps, share):
         """One term of the variational bound, bits per dimension (B,): KL(q(x_t-1 | x_t, x_0) || p), or at
         t = 0 the negative log-likelihood of the image under the discretised Gaussian (DDPM eq. 13)."""
         pred = (xt - self.at(np.sqrt(1 - self.abar), t, xt) * eps) / self.at(np.sqrt(self.abar), t, xt)
         mean = self.at(self.x0_coef, t, xt) * pred + self.at(self.xt_coef, t, xt) * xt
         true = self.at(self.x0_coef, t, xt) * x0 + self.at(self.xt_coef, t, xt) * xt
         low, high = self.at(self.log_posterior, t, xt), self.at(self.log_beta, t, xt)
-        logvar = low + (v + 1) / 2 * (high - low)
+        logvar = low + share * (high - low)
         kl = 0.5 * (logvar - low - 1 + (low - logvar).exp() + (true - mean) ** 2 * (-logvar).exp())
         nll = -discretized_gaussian_log_likelihood(x0, mean, 0.5 * logvar)
         return torch.where(t == 0, mean_flat(nll), mean_flat(kl)) / LOG2
@@ -98,25 +98,26 @@ class Diffusion:
         return self.at(np.sqrt(1 / self.abar - 1), t, torch.empty(len(t), device=t.device))
 
     def predict(self, f, x, level, clip=False):
-        """-> x0, eps, and the raw variance channels (None when the variance is fixed). With clip, x0 is
-        kept in [-1, 1] and eps is what then remains."""
+        """-> x0, eps, and where the variance of a step lies, in log, between beta-tilde (0) and beta (1).
+        With clip, x0 is kept in [-1, 1] and eps is what then remains."""
         a, s = self.scales(level)
-        eps, v = self.split(f(x, torch.full((len(x),), level, device=x.device)).to(x.dtype), x.shape[1])
+        t = torch.full((len(x),), level, device=x.device)
+        eps, share = self.split(f(x, t).to(x.dtype), x.shape[1])
         x0 = (x - s * eps) / a
         if clip:
             x0 = x0.clamp(-1, 1)
             eps = (x - a * x0) / s
-        return x0, eps, v
+        return x0, eps, share
 
     # ---- helpers
 
     def split(self, out, C):
-        """The network's output -> eps and raw variance (None when the variance is fixed)."""
-        wanted = 2 * C if self.variance == "learned" else C
-        if out.shape[1] != wanted:
-            raise ValueError(f"variance {self.variance!r} needs {wanted} output channels, the network has {out.shape[1]}; "
-                             f"set learn_sigma to {self.variance == 'learned'}")
-        return out.split(C, dim=1) if wanted > C else (out, None)
+        """The network's output -> eps, and the variance's place between beta-tilde (0) and beta (1)."""
+        learned = self.variance == "learned"
+        if out.shape[1] != (2 * C if learned else C):
+            raise ValueError(f"variance {self.variance!r} needs {2 * C if learned else C} output channels, the network "
+                             f"has {out.shape[1]}; set learn_sigma to {learned}")
+        return out[:, :C], (out[:, C:] + 1) / 2 if learned else float(self.variance == "large")
 
     @staticmethod
     def at(table, t, x):
@@ -141,7 +142,8 @@ def mean_flat(x):
 
 
 def spaced(T, n):
-    """n timesteps evenly over 0..T-1, both ends included, ascending (one: the noisiest). ValueError unless 1 <= n <= T."""
+    """n timesteps evenly over 0..T-1, both ends included, ascending (a single one is the noisiest). ValueError
+    unless 1 <= n <= T."""
     if not 1 <= n <= T:
         raise ValueError(f"{n} steps asked of a process with {T} timesteps; give a number from 1 to {T}")
     if n == 1:
@@ -160,7 +162,6 @@ def spaced(T, n):
 class EDM:
     """x = x0 + sigma eps; the denoiser D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (EDM eq. 7, Table 1)
     trained at ln sigma ~ N(p_mean, p_std^2)."""
-    variance = "small"
 
     def __init__(self, sigma_data=0.5, p_mean=-1.2, p_std=1.2, sigma_min=0.002, sigma_max=80.0, rho=7.0):
         self.sigma_data, self.p_mean, self.p_std = sigma_data, p_mean, p_std
@@ -204,10 +205,10 @@ class EDM:
         return (4 * t).exp()
 
     def predict(self, f, x, level, clip=False):
-        """-> x0, eps, None (no learned variance). With clip, x0 is kept in [-1, 1]."""
+        """-> x0, eps, 0: the variance of a random step is beta-tilde. With clip, x0 is kept in [-1, 1]."""
         x0 = self.denoise(f, x, torch.full((len(x),), level, dtype=x.dtype, device=x.device))
         x0 = x0.clamp(-1, 1) if clip else x0
-        return x0, (x - x0) / level, None
+        return x0, (x - x0) / level, 0.0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -224,7 +225,7 @@ def guided(model, y, scale=1.0, channels=None):
         raise ValueError(f"guidance of {scale} needs class labels, and this network has none; use a scale of 1")
 
     def f(x, t):
-        s = torch.as_tensor(scale(t) if callable(scale) else scale, device=x.device, dtype=x.dtype)
+        s = scale_at(scale, t).to(x)
         if y is None or bool((s == 1).all()):
             return model(x, t, y)
         null = torch.full_like(y, model.num_classes)
@@ -235,6 +236,11 @@ def guided(model, y, scale=1.0, channels=None):
     return f
 
 
+def scale_at(scale, t):
+    """A number, or a function of t (B,), as a tensor."""
+    return torch.as_tensor(scale(t) if callable(scale) else scale, device=t.device)
+
+
 def power_cosine(scale, T=1000, power=4.0):
     """The guidance of DiffiT-256: from 1 at t = T up to `scale` at t = 0, s(t) = 1 + (scale - 1)
     (1 - cos(pi (1 - t/T)^power)) / 2, t the original timestep."""
@@ -242,12 +248,12 @@ def power_cosine(scale, T=1000, power=4.0):
 
 
 def interval(scale, low, high, process):
-    """Guidance only at noise levels low <= sigma <= high (Kynkaanniemi et al. 2024). scale: a number or a function of t."""
-    def at(t):
+    """Guidance only at noise levels low <= sigma <= high (Kynkaanniemi et al. 2024). scale: a number or a function
+    of t."""
+    def inside(t):
         sigma = process.noise_level(t)
-        inside = (low <= sigma) & (sigma <= high)
-        return torch.where(inside, torch.as_tensor(scale(t) if callable(scale) else scale, dtype=sigma.dtype, device=t.device), 1.0)
-    return at
+        return torch.where((low <= sigma) & (sigma <= high), scale_at(scale, t), 1.0)
+    return inside
 
 
 # ---------------------------------------------------------------------------------------------
@@ -265,20 +271,18 @@ def ddpm(process, f, x, levels, noise=None, clip=False):
     """Ancestral sampling (DDPM alg. 2) along any list of levels, with the process's own variance."""
     noise = noise or (lambda: torch.randn_like(x))
     for level, a, s, a2, s2 in steps(process, levels):
-        x0, eps, v = process.predict(f, x, level, clip)
+        x0, _, share = process.predict(f, x, level, clip)
         beta = s ** 2 - (a / a2 * s2) ** 2                                 # variance of this step, forward
         x = a2 * beta / s ** 2 * x0 + a / a2 * s2 ** 2 / s ** 2 * x        # posterior mean, DDPM eq. 7
         if s2 > 0:
-            low, high = math.log(beta * s2 ** 2 / s ** 2), math.log(beta)  # log of beta-tilde and of beta
-            logvar = {"learned": lambda: low + (v + 1) / 2 * (high - low),
-                      "small": lambda: torch.full_like(x, low), "large": lambda: torch.full_like(x, high)}[process.variance]()
-            x = x + (0.5 * logvar).exp() * noise()
+            low, high = math.log(beta * s2 ** 2 / s ** 2), math.log(beta)  # of beta-tilde and of beta
+            x = x + torch.as_tensor(0.5 * (low + share * (high - low))).exp() * noise()
     return x
 
 
 @torch.no_grad()
 def ddim(process, f, x, levels, eta=0.0, noise=None, clip=False):
-    """DDIM (Song et al. 2021, eq. 12): eta 0 is deterministic, 1 has DDPM's small variance. For EDM, eta 0 is Euler."""
+    """DDIM (Song et al. 2021, eq. 12): eta 0 is deterministic (for EDM: Euler's method), 1 has DDPM's small variance."""
     noise = noise or (lambda: torch.randn_like(x))
     for level, a, s, a2, s2 in steps(process, levels):
         x0, eps, _ = process.predict(f, x, level, clip)
@@ -292,7 +296,7 @@ def ddim(process, f, x, levels, eta=0.0, noise=None, clip=False):
 
 @torch.no_grad()
 def heun(process, f, x, levels, clip=False):
-    """Heun's second-order method (EDM alg. 1) on d(x/a)/d(s/a) = eps; two network calls a step, one in the last."""
+    """Heun's second-order method (EDM alg. 1) on d(x/a) / d(s/a) = eps: two network calls a step, one in the last."""
     targets = [*levels[1:], None]
     for target, (level, a, s, a2, s2) in zip(targets, steps(process, levels)):
         eps = process.predict(f, x, level, clip)[1]

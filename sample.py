@@ -57,8 +57,8 @@ FORMAT = "diffit checkpoint 1"
 
 
 def read_checkpoint(path):
-    """What train.save_checkpoint wrote: a dict of tensors and plain values, memory-mapped. ValueError if the file is missing,
-    truncated or something else."""
+    """What train.save_checkpoint wrote: a dict of tensors and plain values, memory-mapped. ValueError if the file is
+    missing, truncated or something else."""
     if not os.path.isfile(path):
         raise ValueError(f"there is no checkpoint {path}; train.py writes last.pt into its output folder")
     try:
@@ -70,16 +70,22 @@ def read_checkpoint(path):
     return state
 
 
-def load_weights(model, state, path):
-    """state_dict -> model, strictly. ValueError that lists what does not fit."""
+def check_weights(model, state, path):
+    """ValueError that lists what of a state_dict does not fit the network."""
     own = {name: value.shape for name, value in model.state_dict().items()}
     wrong = {"missing": [n for n in own if n not in state],
              "unexpected": [n for n in state if n not in own and not n.endswith("relative_position_index")],
              "of another shape": [f"{n} {tuple(state[n].shape)}, expected {tuple(own[n])}"
                                   for n in own if n in state and state[n].shape != own[n]]}
-    said = [f"{len(names)} {what} ({'; '.join(names[:10])}{'; ...' if len(names) > 10 else ''})" for what, names in wrong.items() if names]
+    said = [f"{len(names)} {what} ({'; '.join(names[:10])}{'; ...' if len(names) > 10 else ''})"
+            for what, names in wrong.items() if names]
     if said:
         raise ValueError(f"the weights in {path} do not fit this network: " + ", ".join(said))
+
+
+def load_weights(model, state, path):
+    """state_dict -> model, strictly. ValueError that lists what does not fit."""
+    check_weights(model, state, path)
     model.load_state_dict(state)
 
 
@@ -122,7 +128,9 @@ def generate(model, cfg, indices, classes=None, seed=0, batch=64):
         def noise():
             return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
-        y = torch.tensor([class_of(i, cfg, classes, seed) for i in chunk], device=device) if cfg.num_classes else None
+        y = None
+        if cfg.num_classes:
+            y = torch.tensor([class_of(i, cfg, classes, seed) for i in chunk], device=device)
         f = diffusion.guided(model, y, scale, cfg.cfg_channels or None)
         options = {"ddpm": dict(noise=noise), "ddim": dict(noise=noise, eta=cfg.eta)}.get(cfg.sampler, {})
         sampler = getattr(diffusion, cfg.sampler)
@@ -148,17 +156,19 @@ def save_samples(model, cfg, path):
 # Scores
 
 def recognised(images, labels, seed=0):
-    """How many of these shapes a classifier names right. images (n, H, W, 3) uint8, labels (n,) -> share of them, and the
-    classifier's share on real shapes it has not seen. The classifier is a small CNN trained here, on 16,000 shapes of
-    a seed that training does not use."""
+    """How many of these shapes a classifier names right. images (n, H, W, 3) uint8, labels (n,) -> the share of them,
+    and the classifier's share on real shapes that it has not seen. The classifier is a small CNN trained here, on
+    16,000 shapes of a seed that training does not use."""
     torch.manual_seed(seed)
     size, real = images.shape[1], 16_000
     dataset = data.Shapes(size, real + 1000, seed=1_000_000 + seed)
-    x = torch.from_numpy(np.stack([dataset.read(i) for i in range(len(dataset))])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    x = data.to_float(np.stack([dataset.read(i) for i in range(len(dataset))]))
     y = torch.from_numpy(dataset.labels)
-    widths = [3, 32, 64, 128]
-    layers = [nn.Sequential(nn.Conv2d(i, o, 3, stride=2, padding=1), nn.BatchNorm2d(o), nn.ReLU()) for i, o in zip(widths, widths[1:])]
-    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+
+    def layer(i, o):
+        return nn.Sequential(nn.Conv2d(i, o, 3, stride=2, padding=1), nn.BatchNorm2d(o), nn.ReLU())
+
+    net = nn.Sequential(layer(3, 32), layer(32, 64), layer(64, 128), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
     optimizer = torch.optim.Adam(net.parameters())
     batches = [b for _ in range(4) for b in torch.randperm(real).split(128)]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, len(batches))
@@ -174,8 +184,7 @@ def recognised(images, labels, seed=0):
     def right(x, y):
         return (torch.cat([net(part).argmax(1) for part in x.split(500)]) == y).float().mean().item()
 
-    made = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return right(made, torch.as_tensor(labels)), right(x[real:], y[real:])
+    return right(data.to_float(images), torch.as_tensor(labels)), right(x[real:], y[real:])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -193,7 +202,7 @@ def parse_classes(text, cfg):
     try:
         classes = [int(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"--classes {text}: expected numbers with commas between them, as in 207,360, or all") from None
+        raise ValueError(f"--classes {text}: give numbers with commas between them, as in 207,360, or all") from None
     for c in classes:
         if not 0 <= c < cfg.num_classes:
             raise ValueError(f"--classes {text}: there is no class {c}; this network has 0 to {cfg.num_classes - 1}")
@@ -224,10 +233,10 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone")
     parser.add_argument("--batch", type=int, default=64, help="images at a time")
     parser.add_argument("--raw", action="store_true", help="the optimizer's weights instead of their moving average")
-    parser.add_argument("--out", metavar="PNG", help="a grid of all images (default samples.png, where no other output is asked for)")
+    parser.add_argument("--out", metavar="PNG", help="a grid of all images (default samples.png, if no other output is asked for)")
     parser.add_argument("--dir", metavar="DIR", help="a folder for one PNG each")
-    parser.add_argument("--npz", metavar="FILE", help="one file as ADM's evaluator reads it: arr_0 uint8 (n, H, W, 3), arr_1 labels")
-    parser.add_argument("--score", choices=["shapes"], help="have a classifier, trained on the spot, name the shapes that were made")
+    parser.add_argument("--npz", metavar="FILE", help="as ADM's evaluator reads it: arr_0 uint8 (n, H, W, 3), arr_1 labels")
+    parser.add_argument("--score", choices=["shapes"], help="have a classifier, trained on the spot, name the shapes made")
     parser.add_config(SAMPLING)
     args = parser.parse_args()
     try:
@@ -261,7 +270,8 @@ def run(args):
             for i, image in enumerate(images[-1], start=sum(map(len, images[:-1]))):
                 data.save_image(Image.fromarray(image), f"{args.dir}/{i:06d}.png")
         done = sum(map(len, images))
-        print(f"\r{done} of {args.n} images, {done / (time.time() - start):.1f} images/s", end="", file=sys.stderr, flush=True)
+        rate = done / (time.time() - start)
+        print(f"\r{done} of {args.n} images, {rate:.1f} images/s", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     images = np.concatenate(images)
 
@@ -275,8 +285,9 @@ def run(args):
         print(f"wrote {path}")
     if args.score:
         share, real = recognised(images, labels)
-        print(f"{100 * share:.1f} % of {args.n} samples named right by a classifier that names {100 * real:.1f} % of real shapes right; "
-              f"{'raw' if args.raw else 'EMA'} weights of {args.ckpt}, {cfg.sampler}, {cfg.steps} steps, guidance {cfg.cfg:g}, seed {args.seed}")
+        print(f"{100 * share:.1f} % of {args.n} samples named right by a classifier that names {100 * real:.1f} % of real "
+              f"shapes right; {'raw' if args.raw else 'EMA'} weights of {args.ckpt}, {cfg.sampler}, {cfg.steps} steps, "
+              f"guidance {cfg.cfg:g}, seed {args.seed}")
 
 
 if __name__ == "__main__":

@@ -51,57 +51,84 @@ def hashed_noise(name, n):
 
 def unit(name, *shape, dtype=torch.float64):
     """Noise of unit variance (B, C, H, W), rounded to fp32 as the reference's inputs were."""
-    return torch.from_numpy((hashed_noise(name, math.prod(shape)) * math.sqrt(12)).astype(np.float32)).view(shape).to(dtype)
+    noise = (hashed_noise(name, math.prod(shape)) * math.sqrt(12)).astype(np.float32)
+    return torch.from_numpy(noise).view(shape).to(dtype)
 
 
 def weight(name, shape):
     """The value of a network's tensor: variance 1 / fan-in, or small numbers around 0 for a bias."""
     noise = hashed_noise(name, math.prod(shape))
-    value = noise * math.sqrt(12 / math.prod(shape[1:])) if len(shape) > 1 else (1 if name.endswith("weight") else 0) + 0.2 * noise
+    value = (noise * math.sqrt(12 / math.prod(shape[1:])) if len(shape) > 1
+             else (1 if name.endswith("weight") else 0) + 0.2 * noise)
     return torch.from_numpy(value.astype(np.float32)).view(shape)
 
 
 def fill(model):
     """Every parameter of a network := weight(its name, its shape)."""
-    model.load_state_dict({n: v if n == "pos_embed" else weight(n, v.shape) for n, v in model.state_dict().items()})
+    model.load_state_dict({n: v if n == "pos_embed" else weight(n, v.shape)
+                           for n, v in model.state_dict().items()})
     return model
 
 
 GOLDEN = {
     "diffit-global": dict(parameters=211692, index=[0, 67, 133, 200, 467, 534, 667, 1535],
         output=[0.28010213, 0.49922121, 1.5590235, 0.24583994, 0.17345709, 0.29344678, 0.71353096, 1.03531194],
-        guided=[0.17654948, 0.05077958, 2.44279575, 0.24583994, 0.17345709, 0.79395831, 1.66953087, 1.03531194]),
+        guided=[0.17654948, 0.05077958, 2.44279575, 0.24583994, 0.17345709, 0.79395831, 1.66953087,
+            1.03531194]),
     "dit": dict(parameters=256864, index=[0, 67, 133, 200, 467, 534, 667, 1535],
-        output=[0.78929204, 0.27335525, 1.31169438, -0.01270803, 3.04910278, 0.49361897, 0.84521455, -1.2576648],
-        guided=[0.71930748, -0.27489048, 0.1573714, -0.01270803, 3.04910278, 0.44178915, 0.7310577, -1.2576648]),
+        output=[0.78929204, 0.27335525, 1.31169438, -0.01270803, 3.04910278, 0.49361897, 0.84521455,
+            -1.2576648],
+        guided=[0.71930748, -0.27489048, 0.1573714, -0.01270803, 3.04910278, 0.44178915, 0.7310577,
+            -1.2576648]),
     "linear": dict(
-        abar=[0.9999, 0.999780092072, 0.997806572508, 0.521423030619, 0.077796658365, 4.11819363814e-05, 4.03582976538e-05],
-        log_posterior=[-9.8167251353, -9.8167251353, -8.26075560735, -5.28802653049, -4.60004973998, -3.91302033739, -3.9120238291],
-        x0_coef=[1.0, 0.54529149951, 0.13627785977, 0.00768442233046, 0.00305805707563, 0.00012952423623, 0.000128351487172],
-        xt_coef=[0.0, 0.454708498991, 0.863722069287, 0.991907883274, 0.994104350757, 0.989958723491, 0.989948678268],
-        mse=[1.26294026849, 1.45320978329, 1.01373492942, 1.38488403343, 1.70225564665, 1.24023576689, 1.20912337918],
-        vlb=[2.67242224894, 0.987250752274, 0.110097731876, 0.0106982877187, 0.0135356336735, 0.0182401789604, 0.017800687267],
+        abar=[0.9999, 0.999780092072, 0.997806572508, 0.521423030619, 0.077796658365,
+            4.11819363814e-05, 4.03582976538e-05],
+        log_posterior=[-9.8167251353, -9.8167251353, -8.26075560735, -5.28802653049, -4.60004973998,
+            -3.91302033739, -3.9120238291],
+        x0_coef=[1.0, 0.54529149951, 0.13627785977, 0.00768442233046, 0.00305805707563,
+            0.00012952423623, 0.000128351487172],
+        xt_coef=[0.0, 0.454708498991, 0.863722069287, 0.991907883274, 0.994104350757,
+            0.989958723491, 0.989948678268],
+        mse=[1.26294026849, 1.45320978329, 1.01373492942, 1.38488403343, 1.70225564665,
+            1.24023576689, 1.20912337918],
+        vlb=[2.67242224894, 0.987250752274, 0.110097731876, 0.0106982877187, 0.0135356336735,
+            0.0182401789604, 0.017800687267],
         index=[0, 21, 37, 58, 74, 95],
         ddim=[173.143626066, 88.5216083968, 94.7344145116, -153.450282683, 9.6953618359, -219.311067201],
         ddim_clipped=[1.0, 0.876524503508, 1.0, -1.0, 0.991651767386, -1.0],
         ddim_eta1=[268.403469585, 157.791110397, 194.991614611, -409.474727638, 126.480246859, -582.058381382],
         ddpm=[268.398845441, 157.521804941, 195.300761978, -409.475680083, 126.824038377, -582.057877843]),
     "cosine": dict(
-        abar=[0.999958715775, 0.999912575927, 0.999278903773, 0.845887986497, 0.492285172449, 2.42876690703e-06, 2.42876690703e-09],
-        log_posterior=[-10.7340825325, -10.7340825325, -9.45015177118, -6.63198703656, -5.76162184515, -0.287690168239, -0.00100292667467],
-        x0_coef=[1.0, 0.527781409334, 0.124592235522, 0.00792597210882, 0.00436786689953, 0.00233767618982, 0.00155689171549],
-        xt_coef=[0.0, 0.472218590427, 0.875407757383, 0.992046479226, 0.995356279455, 0.499996963947, 0.0316226998741],
-        mse=[1.26483957686, 1.45452099253, 1.02473153808, 1.50704098395, 1.56208746293, 1.23986268723, 1.20798540942],
-        vlb=[2.00152081526, 0.931771210213, 0.100807963101, 0.00941510247619, 0.00703517052166, 2.68311845662, 870.50685379],
+        abar=[0.999958715775, 0.999912575927, 0.999278903773, 0.845887986497, 0.492285172449,
+            2.42876690703e-06, 2.42876690703e-09],
+        log_posterior=[-10.7340825325, -10.7340825325, -9.45015177118, -6.63198703656,
+            -5.76162184515, -0.287690168239, -0.00100292667467],
+        x0_coef=[1.0, 0.527781409334, 0.124592235522, 0.00792597210882, 0.00436786689953,
+            0.00233767618982, 0.00155689171549],
+        xt_coef=[0.0, 0.472218590427, 0.875407757383, 0.992046479226, 0.995356279455,
+            0.499996963947, 0.0316226998741],
+        mse=[1.26483957686, 1.45452099253, 1.02473153808, 1.50704098395, 1.56208746293,
+            1.23986268723, 1.20798540942],
+        vlb=[2.00152081526, 0.931771210213, 0.100807963101, 0.00941510247619, 0.00703517052166,
+            2.68311845662, 870.50685379],
         index=[0, 21, 37, 58, 74, 95],
         ddim=[11199.4462542, -1023.2591911, 12212.9557081, -19595.2994303, 589.414174742, -28192.8158026],
         ddim_clipped=[1.0, 0.39656694216, 1.0, -1.0, 0.989881850436, -1.0],
         ddim_eta1=[11216.232629, -1055.88550019, 12154.5018337, -19677.2882638, 621.230852713, -28308.1592503],
         ddpm=[11216.2190472, -1055.89108113, 12154.6784804, -19677.2999784, 621.436311632, -28308.1629468]),
-    "edm": dict(index=[0, 21, 37, 58, 74, 95], heun=[0.885153431381, 0.989208253074, -0.558813304543, -0.680094982698, -0.104251915378, 0.612646741376],
-        sigmas=[80.0, 19.3524529803, 3.25682151977, 0.296442284479, 0.00752801996278], loss=[1.55666315915, 1.64428846813, 1.35759435328, 1.77839402055]),
-    "resampler": {9: [0.0833333333333, 0.0833333333333, 0.0833333333333], 10: [0.0828029310459, 0.0872663931284, 0.0665916639696, 0.0811833568096, 0.0919266938167, 0.0868972126219],
-        13: [0.0750522285606, 0.104859961291, 0.0701813579165, 0.0675363059339, 0.0914079827795, 0.0854566667447], "weight": [1.11033789311, 0.794710700895, 1.18739984246, 1.23390422649, 0.911663629361, 0.975153098146]},
+    "edm": dict(index=[0, 21, 37, 58, 74, 95],
+        heun=[0.885153431381, 0.989208253074, -0.558813304543, -0.680094982698, -0.104251915378,
+            0.612646741376],
+        sigmas=[80.0, 19.3524529803, 3.25682151977, 0.296442284479, 0.00752801996278],
+        loss=[1.55666315915, 1.64428846813, 1.35759435328, 1.77839402055]),
+    "resampler": {
+        9: [0.0833333333333, 0.0833333333333, 0.0833333333333],
+        10: [0.0828029310459, 0.0872663931284, 0.0665916639696, 0.0811833568096, 0.0919266938167,
+            0.0868972126219],
+        13: [0.0750522285606, 0.104859961291, 0.0701813579165, 0.0675363059339, 0.0914079827795,
+            0.0854566667447],
+        "weight": [1.11033789311, 0.794710700895, 1.18739984246, 1.23390422649, 0.911663629361,
+            0.975153098146]},
 }
 
 
@@ -109,9 +136,11 @@ GOLDEN = {
 # Saying what is expected
 
 def close(found, expected, tolerance, what=""):
-    """|found - expected| <= tolerance * (largest |expected|, or 1 if that is smaller), with the distance in the message."""
+    """|found - expected| <= tolerance * (largest |expected|, or 1 if that is smaller), with the distance in the
+    message."""
     found, expected = (torch.as_tensor(v, dtype=torch.float64) for v in (found, expected))
-    assert found.shape == expected.shape, f"{what}: shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
+    assert found.shape == expected.shape, \
+        f"{what}: shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
     assert found.isfinite().all(), f"{what}: not finite"
     error = ((found - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
     assert error <= tolerance, f"{what}: off by {error:.3g}, allowed {tolerance:g}"
@@ -132,7 +161,8 @@ def refused(call, *words):
 
 def command(module, *args):
     """Run `python module.py args` in this process -> exit code, standard error."""
-    said, argv, handlers = io.StringIO(), sys.argv, [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    said, argv = io.StringIO(), sys.argv
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     sys.argv = [f"{module.__name__}.py", *map(str, args)]
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
@@ -163,8 +193,8 @@ def folder():
         yield Path(name)
 
 
-TINY = ("--hidden-size", 32, "--depth", 1, "--num-heads", 2, "--batch-size", 8, "--lr", 1e-3, "--lr-rampup-kimg", 0, "--lr-decay", "constant",
-        "--tick-kimg", 0.016, "--steps", 3,
+TINY = ("--hidden-size", 32, "--depth", 1, "--num-heads", 2, "--batch-size", 8, "--lr", 1e-3,
+        "--lr-rampup-kimg", 0, "--lr-decay", "constant", "--tick-kimg", 0.016, "--steps", 3,
         "--sample-kimg", 100, "--workers", 0)
 
 
@@ -178,7 +208,8 @@ def tiny_run(out, *flags, kimg=0.08):
 def same(a, b):
     """Are two checkpoints equal, bit for bit, in everything but the time that they took?"""
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in ("images_per_s", "memory_gb", "config"))
+        return a.keys() == b.keys() and all(
+            same(a[k], b[k]) for k in a if k not in ("images_per_s", "memory_gb", "config"))
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
@@ -196,7 +227,8 @@ def golden_network(network, name, scale):
     assert sum(p.numel() for p in model.parameters()) == gold["parameters"]
     with torch.no_grad():
         close(model(x, t, y).flatten()[gold["index"]], gold["output"], 2e-5, "output")
-        close(guided(model, y, scale, channels=3)(x, t).flatten()[gold["index"]], gold["guided"], 2e-5, "guided output")
+        close(guided(model, y, scale, channels=3)(x, t).flatten()[gold["index"]], gold["guided"], 2e-5,
+              "guided output")
 
 
 def test_golden_diffit():
@@ -209,7 +241,9 @@ def test_golden_dit():
 
 def test_released_files_load_with_their_integer_index():
     model = diffit.DiffiT(**SMALL)
-    state = {**model.state_dict(), **{f"blocks.{i}.attn.relative_position_index": torch.zeros(16, 16, dtype=torch.long) for i in range(3)}}
+    state = {**model.state_dict(),
+             **{f"blocks.{i}.attn.relative_position_index": torch.zeros(16, 16, dtype=torch.long)
+                for i in range(3)}}
     model.load_state_dict(state, strict=True)
     sample.load_weights(model, state, "file")
 
@@ -218,14 +252,17 @@ def test_parameter_counts_of_the_papers():
     with torch.device("meta"):
         count = lambda name: sum(p.numel() for p in diffit.build(configs.PRESETS[name]).parameters()) / 1e6
         assert round(count("imagenet256"), 1) == 561.0 and round(count("imagenet256-depth30"), 1) == 600.9
-        paper = {"s": (33, 33, 33), "b": (130, 130, 131), "l": (458, 458, 459), "xl": (675, 675, 676)}  # DiT Table 4
+        paper = {"s": (33, 33, 33), "b": (130, 130, 131), "l": (458, 458, 459),
+                 "xl": (675, 675, 676)}                                    # DiT Table 4
         for size, counts in paper.items():
             for patch, millions in zip((2, 4, 8), counts):
-                assert round(count(f"dit-{size}-{patch}")) == millions, (size, patch, count(f"dit-{size}-{patch}"))
+                assert round(count(f"dit-{size}-{patch}")) == millions, \
+                    (size, patch, count(f"dit-{size}-{patch}"))
 
 
 def test_multiply_adds_of_the_papers():
-    close(configs.measure(configs.PRESETS["dit-xl-2"])[1] / 1e9, 118.64, 1e-3, "DiT-XL/2")  # DiT Table 1, GFLOPs as multiply-adds
+    # DiT Table 1, GFLOPs as multiply-adds
+    close(configs.measure(configs.PRESETS["dit-xl-2"])[1] / 1e9, 118.64, 1e-3, "DiT-XL/2")
     close(configs.measure(configs.PRESETS["dit-s-8"])[1] / 1e9, 0.36, 1e-2, "DiT-S/8")
 
 
@@ -241,10 +278,13 @@ def naive_attention(attention, x, c=None):
     out = torch.zeros(B, N, h, d, dtype=x.dtype)
     for i in range(N):
         yi, xi = divmod(i, grid)
-        mates = [j for j in range(N) if j // grid // window == yi // window and j % grid // window == xi // window]
-        score = torch.stack([(q[:, i] * k[:, j]).sum(-1) / math.sqrt(d) for j in mates], dim=-1)  # (B, h, mates)
+        mates = [j for j in range(N)
+                 if j // grid // window == yi // window and j % grid // window == xi // window]
+        score = torch.stack([(q[:, i] * k[:, j]).sum(-1) / math.sqrt(d) for j in mates],
+                            dim=-1)                                        # (B, h, mates)
         if c is not None:
-            rows = [(yi - j // grid + window - 1) * (2 * window - 1) + xi - j % grid + window - 1 for j in mates]
+            rows = [(yi - j // grid + window - 1) * (2 * window - 1) + xi - j % grid + window - 1
+                    for j in mates]
             score = score + attention.relative_position_bias_table[rows].T
         out[:, i] = torch.einsum("bhm,bmhd->bhd", score.softmax(-1), v[:, mates])
     return attention.proj(out.reshape(B, N, D))
@@ -308,8 +348,9 @@ def test_one_window_is_global_attention():
 
 def test_permuted_windows_permute_the_output():
     layer = random_tmsa(8, 2, 6, window=3)
-    x, c = torch.randn(1, 2, 3, 2, 3, 8).double(), torch.randn(1, 8).double()          # 2 x 2 windows of 3 x 3 tokens
-    swap = lambda tokens: tokens.flip(1, 3)                                             # windows change places, tokens in them do not
+    # 2 x 2 windows of 3 x 3 tokens; windows change places, tokens in them do not
+    x, c = torch.randn(1, 2, 3, 2, 3, 8).double(), torch.randn(1, 8).double()
+    swap = lambda tokens: tokens.flip(1, 3)
     run = lambda tokens: layer(tokens.reshape(1, 36, 8), c).view(1, 2, 3, 2, 3, 8)
     close(run(swap(x)), swap(run(x)), 1e-13)
     assert not torch.allclose(run(x), swap(run(x)))
@@ -325,7 +366,8 @@ def test_fresh_adaln_zero_block_is_the_identity():
 
 def unets():
     for size, classes in [(32, 0), (64, 5), (48, 0)]:
-        yield size, diffit.DiffiTUNet(size, 3, channels=(8, 16, 16), blocks=(1, 2, 1), num_heads=2, window=4, cond_size=24, num_classes=classes)
+        yield size, diffit.DiffiTUNet(size, 3, channels=(8, 16, 16), blocks=(1, 2, 1), num_heads=2, window=4,
+                                      cond_size=24, num_classes=classes)
 
 
 def test_unet_takes_any_size_its_levels_divide():
@@ -341,20 +383,23 @@ def test_resblock_is_equations_9_and_10():
     torch.manual_seed(0)
     block = diffit.ResBlock(8, 12, 3, 4.0, 4, 6, 2, 0.0).double()
     x, c = torch.randn(2, 8, 4, 4).double(), torch.randn(2, 6).double()
-    h = F.conv2d(F.silu(F.group_norm(x, 2, block.norm.weight, block.norm.bias)), block.conv.weight, block.conv.bias, padding=1)
+    h = F.conv2d(F.silu(F.group_norm(x, 2, block.norm.weight, block.norm.bias)),
+                 block.conv.weight, block.conv.bias, padding=1)
     tokens = h.flatten(2).transpose(1, 2)
     tokens = tokens + naive_attention(block.block.attn, F.layer_norm(tokens, (12,), eps=1e-6), c)
     tokens = tokens + block.block.mlp(F.layer_norm(tokens, (12,), eps=1e-6))
-    close(block(x, c), tokens.transpose(1, 2).view(2, 12, 4, 4) + F.conv2d(x, block.skip.weight, block.skip.bias), 1e-12)
+    close(block(x, c),
+          tokens.transpose(1, 2).view(2, 12, 4, 4) + F.conv2d(x, block.skip.weight, block.skip.bias), 1e-12)
 
 
 def test_gradients_reach_every_parameter():
     torch.manual_seed(0)
     models = [diffit.DiffiT(**SMALL), diffit.DiT(**SMALL)] + [model for _, model in unets()]
     for model in models:
-        for p in model.parameters():                                       # a zero head or gate would hide what lies behind it
+        for p in model.parameters():               # a zero head or gate would hide what lies behind it
             nn.init.normal_(p, std=0.05) if not p.any() else None
-        size, channels = (8, 4) if isinstance(model, diffit.Transformer) else (model.encoder[0][0].block.attn.grid, 3)
+        size, channels = ((8, 4) if isinstance(model, diffit.Transformer)
+                          else (model.encoder[0][0].block.attn.grid, 3))
         y = torch.tensor([1, model.num_classes]) if model.num_classes else None
         model(torch.randn(2, channels, size, size), torch.tensor([3.0, 700.0]), y).pow(2).sum().backward()
         for name, p in model.named_parameters():
@@ -372,7 +417,8 @@ def test_labels_are_dropped_in_training_alone():
     torch.manual_seed(0)
     embed = diffit.LabelEmbedder(4, 2, dropout=0.25)
     with torch.no_grad():
-        embed.embedding_table.weight.copy_(torch.tensor([[0.0, 1]] * 4 + [[1.0, 0]]))   # first column: was it dropped?
+        # first column: was it dropped?
+        embed.embedding_table.weight.copy_(torch.tensor([[0.0, 1]] * 4 + [[1.0, 0]]))
     y = torch.zeros(20_000, dtype=torch.long)
     dropped = embed(y)[:, 0].mean().item()
     assert abs(dropped - 0.25) < 5 * math.sqrt(0.25 * 0.75 / 20_000), dropped
@@ -395,7 +441,8 @@ def test_position_table():
         expected = [f(a) for position in (column, row) for f in (math.sin, math.cos) for a in angle(position)]
         close(table[token], expected, 1e-6)
     odd = diffit.sincos_2d(18, 3)
-    assert odd.shape == (1, 9, 18) and torch.equal(odd[..., :16], diffit.sincos_2d(16, 3)) and not odd[..., 16:].any()
+    assert (odd.shape == (1, 9, 18) and torch.equal(odd[..., :16], diffit.sincos_2d(16, 3))
+            and not odd[..., 16:].any())
 
 
 def test_sizes_that_do_not_fit_are_refused():
@@ -409,7 +456,8 @@ def test_sizes_that_do_not_fit_are_refused():
 
 def test_bf16_forward_stays_near_fp32():
     model = fill(diffit.DiffiT(**SMALL).eval())
-    x, t, y = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 900]), torch.tensor([1, 2])
+    x, t, y = (torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
+               torch.tensor([3, 900]), torch.tensor([1, 2]))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         low = model(x, t, y)
     with torch.no_grad():
@@ -444,9 +492,12 @@ def golden_diffusion(schedule):
     close(losses["loss"], losses["mse"] + losses["vlb"], 1e-12, "loss")
     x, levels, at = unit("d:xT", 2, 3, 4, 4), process.levels(50), gold["index"]
     close(diffusion.ddim(process, golden_net, x, levels).flatten()[at], gold["ddim"], 1e-6, "ddim")
-    close(diffusion.ddim(process, golden_net, x, levels, clip=True).flatten()[at], gold["ddim_clipped"], 1e-6, "ddim, clipped")
-    close(diffusion.ddim(process, golden_net, x, levels, eta=1.0, noise=golden_noise()).flatten()[at], gold["ddim_eta1"], 1e-6, "ddim, eta 1")
-    close(diffusion.ddpm(process, golden_net, x, levels, noise=golden_noise()).flatten()[at], gold["ddpm"], 1e-6, "ddpm")
+    close(diffusion.ddim(process, golden_net, x, levels, clip=True).flatten()[at],
+          gold["ddim_clipped"], 1e-6, "ddim, clipped")
+    close(diffusion.ddim(process, golden_net, x, levels, eta=1.0, noise=golden_noise()).flatten()[at],
+          gold["ddim_eta1"], 1e-6, "ddim, eta 1")
+    close(diffusion.ddpm(process, golden_net, x, levels, noise=golden_noise()).flatten()[at],
+          gold["ddpm"], 1e-6, "ddpm")
 
 
 def test_golden_linear_schedule_losses_and_chains():
@@ -499,7 +550,8 @@ def test_importance_weights_keep_the_mean():
 def test_vlb_sends_no_gradient_to_the_mean():
     process, x0 = Diffusion(), unit("v", 4, 3, 4, 4)
     out = unit("v:out", 4, 6, 4, 4).requires_grad_()
-    process.loss(lambda x, t: out, x0, torch.tensor([0, 1, 500, 999]), unit("v:n", 4, 3, 4, 4))["vlb"].sum().backward()
+    process.loss(lambda x, t: out, x0, torch.tensor([0, 1, 500, 999]),
+                 unit("v:n", 4, 3, 4, 4))["vlb"].sum().backward()
     assert not out.grad[:, :3].any() and (out.grad[:, 3:] != 0).any(dim=(1, 2, 3)).all()
 
 
@@ -512,7 +564,8 @@ def test_vlb_is_the_kl_of_two_gaussians():
     mean = lambda clean: (math.sqrt(b) * beta * clean + math.sqrt(1 - beta) * (1 - b) * xt) / (1 - a)
     tilde = beta * (1 - b) / (1 - a)
     share = (out[:, 1:] + 1) / 2
-    p = torch.distributions.Normal(mean((xt - math.sqrt(1 - a) * out[:, :1]) / math.sqrt(a)), (beta ** share * tilde ** (1 - share)) ** 0.5)
+    p = torch.distributions.Normal(mean((xt - math.sqrt(1 - a) * out[:, :1]) / math.sqrt(a)),
+                                   (beta ** share * tilde ** (1 - share)) ** 0.5)
     q = torch.distributions.Normal(mean(x0), torch.full_like(x0, tilde ** 0.5))
     close(found, torch.distributions.kl_divergence(q, p).mean().view(1) / math.log(2), 1e-10)
 
@@ -520,7 +573,8 @@ def test_vlb_is_the_kl_of_two_gaussians():
 def test_discretised_gaussian_sums_to_one():
     levels = torch.linspace(-1, 1, 256, dtype=torch.float64)
     for mean, scale in [(0.1, 0.05), (-0.97, 0.2), (0.999, 0.01)]:
-        mass = diffusion.discretized_gaussian_log_likelihood(levels, torch.tensor(mean), torch.tensor(math.log(scale))).exp()
+        mass = diffusion.discretized_gaussian_log_likelihood(
+            levels, torch.tensor(mean), torch.tensor(math.log(scale))).exp()
         close(mass.sum(), 1.0, 1e-4, f"mean {mean}")
 
 
@@ -534,7 +588,8 @@ def test_spaced_gives_the_steps_asked_for():
         refused(lambda: diffusion.spaced(1000, n), n, "1 to 1000")
     assert diffusion.spaced(1000, 50)[:6] == [0, 20, 41, 61, 82, 102]      # the reference's rounding
     visited = []
-    diffusion.ddim(Diffusion(variance="small"), lambda x, t: visited.append(t[0].item()) or x, torch.zeros(1, 3, 2, 2), Diffusion().levels(7))
+    diffusion.ddim(Diffusion(variance="small"), lambda x, t: visited.append(t[0].item()) or x,
+                   torch.zeros(1, 3, 2, 2), Diffusion().levels(7))
     assert visited == [999, 832, 666, 500, 333, 166, 0] == diffusion.spaced(1000, 7)[::-1]
 
 
@@ -544,7 +599,7 @@ def gaussian(process, mean, std):
         a2 = torch.as_tensor(process.abar)[t.long()].view(-1, 1, 1, 1)
         return (1 - a2).sqrt() * (x - a2.sqrt() * mean) / (a2 * std ** 2 + 1 - a2)
 
-    def F(x, c_noise):                                                     # D = c_skip x + c_out F, solved for F
+    def F(x, c_noise):                             # D = c_skip x + c_out F, solved for F
         sigma, sd = process.noise_level(c_noise).view(-1, 1, 1, 1), process.sigma_data
         norm = (sigma ** 2 + sd ** 2).sqrt()
         D = (std ** 2 * x * norm + sigma ** 2 * mean) / (std ** 2 + sigma ** 2)
@@ -590,14 +645,17 @@ def test_orders_of_convergence():
     for sampler, order in [(diffusion.ddim, 1), (diffusion.heun, 2), (diffusion.dpmpp, 2)]:
         found = orders(process, sampler, (32, 64, 128))
         assert all(order - 0.25 < o < order + 0.6 for o in found), f"{sampler.__name__}: {found}"
-    close(orders(Diffusion(variance="small"), diffusion.ddim, (125, 250, 500)), [1.0, 1.0], 0.25, "ddim on timesteps")
+    close(orders(Diffusion(variance="small"), diffusion.ddim, (125, 250, 500)), [1.0, 1.0], 0.25,
+          "ddim on timesteps")
 
 
 def test_ddpm_has_the_variance_of_the_data():
-    """Ancestral sampling of N(0.2, 0.5^2) with the exact noise, 250 of 1000 steps: mean and deviation of the samples."""
+    """Ancestral sampling of N(0.2, 0.5^2) with the exact noise, 250 of 1000 steps: mean and deviation of the
+    samples."""
     process = Diffusion(variance="large")
     torch.manual_seed(0)
-    x = diffusion.ddpm(process, gaussian(process, 0.2, 0.5), torch.randn(1, 1, 200, 200).double(), process.levels(250))
+    x = diffusion.ddpm(process, gaussian(process, 0.2, 0.5), torch.randn(1, 1, 200, 200).double(),
+                       process.levels(250))
     close(x.mean(), 0.2, 0.01)
     close(x.std(), 0.5, 0.02)
 
@@ -626,7 +684,8 @@ def test_guidance():
     x, t, y = torch.zeros(2, 4, 1, 1).double(), torch.tensor([100, 900]), torch.tensor([3, 7])
     run = lambda *args: guided(net, y, *args)(x, t)[:, :, 0, 0]
     net = Counting()
-    close(run(2.5), [[10 + 2.5 * (3 - 10)] * 4 + [1] * 4, [10 + 2.5 * (7 - 10)] * 4 + [1] * 4], 1e-12, "all channels")
+    close(run(2.5), [[10 + 2.5 * (3 - 10)] * 4 + [1] * 4, [10 + 2.5 * (7 - 10)] * 4 + [1] * 4], 1e-12,
+          "all channels")
     close(run(2.5, 3)[0], [-7.5, -7.5, -7.5, 3, 1, 1, 1, 1], 1e-12, "first three")
     assert net.calls == [4, 4], "one call for both halves"
     net = Counting()
@@ -639,7 +698,8 @@ def test_guidance():
 
 def test_guidance_scales():
     t = torch.tensor([0, 500, 999])
-    close(diffusion.power_cosine(4.4)(t), [4.4, 1 + 3.4 * (1 - math.cos(math.pi / 16)) / 2, 1.0], 1e-9, "power-cosine")
+    close(diffusion.power_cosine(4.4)(t), [4.4, 1 + 3.4 * (1 - math.cos(math.pi / 16)) / 2, 1.0], 1e-9,
+          "power-cosine")
     scale = diffusion.power_cosine(4.4)(torch.arange(1000))
     assert (scale[570:] < 1.01).all() and (scale[:569] > 1.01).all()       # measured on the released schedule
     process = Diffusion()
@@ -648,7 +708,8 @@ def test_guidance_scales():
     close(diffusion.interval(3.0, 0.02, 50, process)(t), [1.0, 3.0, 1.0], 1e-6, "interval over timesteps")
     edm = EDM()
     close(edm.noise_level(torch.tensor([0.3, 2.0]).log() / 4), [0.3, 2.0], 1e-6, "sigma of EDM")
-    close(diffusion.interval(3.0, 0.28, 1, edm)(torch.tensor([0.3, 2.0]).log() / 4), [3.0, 1.0], 1e-6, "interval over sigma")
+    close(diffusion.interval(3.0, 0.28, 1, edm)(torch.tensor([0.3, 2.0]).log() / 4), [3.0, 1.0], 1e-6,
+          "interval over sigma")
 
 
 def test_edm_draws_and_weights():
@@ -661,7 +722,8 @@ def test_edm_draws_and_weights():
 
 
 def test_variance_and_channels_must_agree():
-    refused(lambda: Diffusion().loss(lambda x, t: x, unit("c", 1, 3, 2, 2), torch.tensor([3])), "6 output channels", "learn_sigma")
+    refused(lambda: Diffusion().loss(lambda x, t: x, unit("c", 1, 3, 2, 2), torch.tensor([3])),
+            "6 output channels", "learn_sigma")
     refused(lambda: Diffusion(schedule="quadratic"), "quadratic", "cosine")
     refused(lambda: Diffusion(variance="tiny"), "tiny", "small")
     for variance in ("small", "large"):
@@ -702,8 +764,10 @@ def test_shapes_follow_from_seed_and_index():
     for i in (0, 7, 49_999):
         assert np.array_equal(one.read(i), two.read(i)) and one.labels[i] == i % 10
     assert one.read(3).shape == (32, 32, 3) and one.read(3).dtype == np.uint8
-    assert not np.array_equal(one.read(0), data.Shapes(32, seed=1).read(0)) and not np.array_equal(one.read(0), one.read(10))
-    large = np.asarray(Image.fromarray(data.Shapes(128).read(14)).resize((32, 32), Image.Resampling.BOX)).astype(float)
+    assert (not np.array_equal(one.read(0), data.Shapes(32, seed=1).read(0))
+            and not np.array_equal(one.read(0), one.read(10)))
+    large = Image.fromarray(data.Shapes(128).read(14)).resize((32, 32), Image.Resampling.BOX)
+    large = np.asarray(large).astype(float)
     assert np.abs(large - one.read(14)).mean() < 2, "the same picture at any size"
     assert len(data.Shapes.class_names) == 10 == len({data.Shapes(32).read(i).tobytes() for i in range(10)})
 
@@ -753,7 +817,8 @@ def test_folder_zip_npz_and_prepared_zip_hold_the_same():
             assert np.array_equal(np.stack([other.read(i) for i in range(7)]), images), path
         assert data.open_dataset(root / "a.npz", 16).read(0).shape == (16, 16, 3)
         refused(lambda: data.prepare(root / "pics", root / "ready.zip", 32), "ready.zip", "exists")
-        assert sorted(p.name for p in root.iterdir()) == ["a.npz", "a.zip", "pics", "ready.zip"], "nothing is left behind"
+        assert sorted(p.name for p in root.iterdir()) == ["a.npz", "a.zip", "pics", "ready.zip"], \
+            "nothing is left behind"
 
 
 def cifar(path, kind, records):
@@ -762,7 +827,9 @@ def cifar(path, kind, records):
     images, labels = rng.integers(0, 256, (n, 3, 32, 32), np.uint8), rng.integers(0, kind, (n, 1), np.uint8)
     rows = np.concatenate([labels // 5, labels] if kind == 100 else [labels], axis=1)
     raw = np.concatenate([rows, images.reshape(n, -1)], axis=1).tobytes()
-    parts = {"train.bin": raw} if kind == 100 else {f"data_batch_{k + 1}.bin": raw[k * (n // 5) * 3073:(k + 1) * (n // 5) * 3073] for k in range(5)}
+    size = n // 5 * 3073
+    parts = {"train.bin": raw} if kind == 100 else {
+        f"data_batch_{k + 1}.bin": raw[k * size:(k + 1) * size] for k in range(5)}
     with tarfile.open(path, "w:gz") as tar:
         for name, content in reversed(parts.items()):
             info = tarfile.TarInfo(f"cifar-{kind}-batches-bin/{name}")
@@ -777,7 +844,8 @@ def test_cifar_archives():
             path = root / f"cifar-{kind}-binary.tar.gz"
             images, labels = cifar(path, kind, 20)
             read = data.open_dataset(path, 32)
-            assert np.array_equal(np.stack([read.read(i) for i in range(20)]), images) and read.labels.tolist() == labels.tolist()
+            assert (np.array_equal(np.stack([read.read(i) for i in range(20)]), images)
+                    and read.labels.tolist() == labels.tolist())
         (root / "cut.tar.gz").write_bytes(path.read_bytes()[:9000])
         refused(lambda: data.open_dataset(root / "cut.tar.gz", 32), "cut.tar.gz", "damaged")
 
@@ -803,7 +871,8 @@ def test_data_that_cannot_be_used_is_refused():
         pictures(root / "mixed")
         Image.new("RGB", (8, 8)).save(root / "mixed/loose.png")
         refused(opened("mixed"), "unclear")
-        for labels in ('{"labels": [["x.png", 0]]}', '{"labels": 3}', "no json", '{"labels": [["cats/a.png", "cat"]]}'):
+        for labels in ('{"labels": [["x.png", 0]]}', '{"labels": 3}', "no json",
+                       '{"labels": [["cats/a.png", "cat"]]}'):
             (root / "one/cats").mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (8, 8)).save(root / "one/cats/a.png")
             (root / "one/dataset.json").write_text(labels)
@@ -818,9 +887,11 @@ def test_order_follows_from_seed_and_place():
     first = [stream[p] for p in range(40)]
     for p in (39, 5, 17, 0, 26):                                           # any order of asking
         assert torch.equal(again[p][0], first[p][0]) and again[p][1] == first[p][1]
-    find = lambda image: next(i for i in range(13) if np.array_equal(shapes.read(i), image) or np.array_equal(shapes.read(i)[:, ::-1], image))
+    find = lambda image: next(i for i in range(13) if np.array_equal(shapes.read(i), image)
+                              or np.array_equal(shapes.read(i)[:, ::-1], image))
     seen = [find(x.permute(1, 2, 0).numpy()) for x, _, _ in first[:26]]
-    assert sorted(seen[:13]) == sorted(seen[13:]) == list(range(13)) and seen[:13] != seen[13:], "each epoch is another shuffle"
+    assert sorted(seen[:13]) == sorted(seen[13:]) == list(range(13)) and seen[:13] != seen[13:], \
+        "each epoch is another shuffle"
     flips = [data.Stream(shapes, 0, True)[p][0].equal(data.Stream(shapes, 0, False)[p][0]) for p in range(400)]
     assert 140 < sum(flips) < 260
     assert any(not data.Stream(shapes, 4)[p][0].equal(data.Stream(shapes, 3)[p][0]) for p in range(5))
@@ -828,7 +899,8 @@ def test_order_follows_from_seed_and_place():
 
 def test_workers_do_not_change_the_order():
     stream = data.Stream(data.Shapes(8, n=50), seed=1, xflip=True)
-    read = lambda workers: [(x, y) for x, y, _ in data.loader(stream, [range(k, k + 6) for k in range(0, 60, 6)], workers)]
+    batches = [range(k, k + 6) for k in range(0, 60, 6)]
+    read = lambda workers: [(x, y) for x, y, _ in data.loader(stream, batches, workers)]
     for (x0, y0), (x2, y2) in zip(read(0), read(2)):
         assert torch.equal(x0, x2) and torch.equal(y0, y2)
 
@@ -857,7 +929,8 @@ def test_save_grid():
         data.save_grid(images, root / "g.png", columns=3)
         grid = np.asarray(Image.open(root / "g.png"))
         assert grid.shape == (2 * 82 + 2, 3 * 82 + 2, 3)
-        assert grid[40, 40, 0] == 0 and grid[40, 122, 0] == 50 and grid[122, 40, 0] == 150 and (grid[122, 220] == 255).all()
+        assert (grid[40, 40, 0] == 0 and grid[40, 122, 0] == 50 and grid[122, 40, 0] == 150
+                and (grid[122, 220] == 255).all())
         data.save_grid(images[:, :16, :16], root / "s.png")
         assert Image.open(root / "s.png").size == (3 * 66 + 2, 2 * 66 + 2), "small images are enlarged"
         assert sorted(p.name for p in root.iterdir()) == ["g.png", "s.png"]
@@ -869,8 +942,10 @@ def test_prepare_command():
     with folder() as root:
         pictures(root / "pics")
         code, said = command(data, "prepare", root / "pics", root / "out.zip", "--size", 16, "--workers", 0)
-        assert code == 0 and "skipped dogs/broken.png" in said and "7 images of 16 x 16, 2 classes" in said, said
-        assert json.loads(zipfile.ZipFile(root / "out.zip").read("dataset.json"))["labels"][-1] == ["00000/img00000006.png", 1]
+        assert (code == 0 and "skipped dogs/broken.png" in said
+                and "7 images of 16 x 16, 2 classes" in said), said
+        listed = json.loads(zipfile.ZipFile(root / "out.zip").read("dataset.json"))
+        assert listed["labels"][-1] == ["00000/img00000006.png", 1]
         complains(data, "prepare", root / "pics", root / "out.zip", "--size", 16, words=["exists"])
         complains(data, "prepare", root / "pics", root / "out.tar", "--size", 16, words=["out.tar", ".zip"])
         complains(data, "prepare", root / "nowhere", root / "new.zip", "--size", 16, words=["nowhere"])
@@ -880,20 +955,12 @@ def test_prepare_command():
 # ---------------------------------------------------------------------------------------------
 # configs.py
 
-def test_every_preset_builds_and_has_a_process():
-    for name, cfg in configs.PRESETS.items():
-        parameters, flops, tokens = configs.measure(cfg)
-        assert parameters > 0 and flops > 0 and tokens > 0 and configs.SOURCES[name][0], name
-        assert len(diffusion.build(cfg).levels(cfg.steps)) == cfg.steps
-    wanted = ["shapes", "cifar10", "ffhq64", "imagenet256", "imagenet256-depth30", "imagenet512", "dit-xl-2-512", "cifar100-450x6"]
-    assert set(wanted) <= set(configs.PRESETS) and sum(n.startswith("dit-") for n in configs.PRESETS) == 13
-
-
 def test_every_preset_takes_a_step_and_samples():
     """Reduced in width and depth, through the same code."""
     for name, cfg in configs.PRESETS.items():
-        small = dict(channels=(8,) * len(cfg.channels), blocks=(1,) * len(cfg.blocks), num_heads=2, cond_size=8) if cfg.model == "unet" else \
-            dict(hidden_size=16, depth=1, num_heads=2)
+        small = (dict(channels=(8,) * len(cfg.channels), blocks=(1,) * len(cfg.blocks), num_heads=2,
+                      cond_size=8)
+                 if cfg.model == "unet" else dict(hidden_size=16, depth=1, num_heads=2))
         cfg = dataclasses.replace(cfg, **small, steps=2)
         torch.manual_seed(0)
         model, process = diffit.build(cfg), diffusion.build(cfg)
@@ -907,28 +974,41 @@ def test_every_preset_takes_a_step_and_samples():
 
 
 def test_flags_and_presets():
-    cfg = configs.config_from("dit-s-2", {"lr": 3e-4, "process": "edm", "learn_sigma": False, "sampler": "heun"})
+    cfg = configs.config_from(
+        "dit-s-2", {"lr": 3e-4, "process": "edm", "learn_sigma": False, "sampler": "heun"})
     assert (cfg.lr, cfg.process, cfg.hidden_size, cfg.timesteps) == (3e-4, "edm", 384, 1000)
     unet = configs.config_from("shapes", {"model": "unet", "channels": (8, 8), "blocks": (1, 1)})
     assert (unet.hidden_size, unet.patch_size, unet.data) == (0, 0, "shapes")
     assert configs.numbers("4,4,0.5") == (4, 4, 0.5) and isinstance(configs.numbers("4")[0], int)
-    for given, words in [({"hidden_size": 7.5e400}, ["--hidden-size"]), ({"channels": (8,)}, ["--channels", "unet"]), ({"lr": -1.0}, ["--lr -1.0"]),
-                         ({"sampler": "dpmp"}, ["dpmp", "did you mean dpmpp"]), ({"batch_size": 64, "micro_batch": 7}, ["7", "64"]),
-                         ({"num_classes": 0}, ["--cfg 1.5", "classes"]), ({"learn_sigma": True}, ["--learn-sigma", "ddpm"]), ({"kimg": 0.0}, ["--kimg"]), ({"dropout": 0.5}, ["--dropout"]),
-                         ({"steps": 2000, "process": "ddpm"}, ["2000", "1000"]), ({"cfg_interval": (1,)}, ["LOW,HIGH"]), ({"beta2": 1.0}, ["--beta2"])]:
+    for given, words in [({"hidden_size": 7.5e400}, ["--hidden-size"]),
+                         ({"channels": (8,)}, ["--channels", "unet"]),
+                         ({"lr": -1.0}, ["--lr -1.0"]),
+                         ({"sampler": "dpmp"}, ["dpmp", "did you mean dpmpp"]),
+                         ({"batch_size": 64, "micro_batch": 7}, ["7", "64"]),
+                         ({"num_classes": 0}, ["--cfg 1.5", "classes"]),
+                         ({"learn_sigma": True}, ["--learn-sigma", "ddpm"]),
+                         ({"kimg": 0.0}, ["--kimg"]),
+                         ({"dropout": 0.5}, ["--dropout"]),
+                         ({"steps": 2000, "process": "ddpm"}, ["2000", "1000"]),
+                         ({"cfg_interval": (1,)}, ["LOW,HIGH"]),
+                         ({"beta2": 1.0}, ["--beta2"])]:
         refused(lambda: configs.config_from("shapes", given), *words)
     refused(lambda: configs.config_from("fhq64", {}), "fhq64", "did you mean ffhq64")
 
 
 def test_table_of_presets():
+    """python configs.py: every preset builds at full size, on the meta device, and can list its levels."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         argv, sys.argv = sys.argv, ["configs.py"]
         configs.main()
         sys.argv = argv
-    lines = said.getvalue().split("\n")
-    assert any(line.split()[:4] == ["imagenet256", "diffit", "561.04M", "118.51"] for line in lines), said.getvalue()
-    assert all(any(line.startswith(name + " ") for line in lines) for name in configs.PRESETS)
+    rows = {line.split()[0]: line.split() for line in said.getvalue().splitlines()[2:]}
+    assert list(rows) == list(configs.PRESETS) and sum(name.startswith("dit-") for name in rows) == 13
+    assert rows["imagenet256"][1:6] == ["diffit", "561.04M", "118.51", "256", "1.73"], rows["imagenet256"]
+    assert {"shapes", "cifar10", "ffhq64", "imagenet256-depth30", "imagenet512", "cifar100-450x6"} <= set(rows)
+    for name, cfg in configs.PRESETS.items():
+        assert len(diffusion.build(cfg).levels(cfg.steps)) == cfg.steps and configs.SOURCES[name][0], name
 
 
 # ---------------------------------------------------------------------------------------------
@@ -951,28 +1031,34 @@ def test_ema():
 
 
 def test_learning_rate():
-    cfg = dataclasses.replace(configs.PRESETS["shapes"], lr=2.0, lr_rampup_kimg=10, lr_decay="constant", kimg=100)
+    cfg = dataclasses.replace(configs.PRESETS["shapes"], lr=2.0, lr_rampup_kimg=10, lr_decay="constant",
+                              kimg=100)
     close([train.learning_rate(cfg, n) for n in (0, 2500, 10_000, 90_000)], [0, 0.5, 2, 2], 1e-12)
     cfg = dataclasses.replace(cfg, lr_decay="cosine", lr_rampup_kimg=0.0)
-    close([train.learning_rate(cfg, n) for n in (0, 25_000, 50_000, 100_000)], [2, 1 + math.sqrt(0.5), 1, 0], 1e-12)
+    close([train.learning_rate(cfg, n) for n in (0, 25_000, 50_000, 100_000)],
+          [2, 1 + math.sqrt(0.5), 1, 0], 1e-12)
 
 
 def test_training_lowers_the_loss_and_writes_its_files():
     with folder() as root:
-        code, said = command(train, *TINY, "--out", root / "run", "--kimg", 0.8, "--sample-kimg", 0.4, "--save-kimg", 0.4)
+        code, said = command(train, *TINY, "--out", root / "run", "--kimg", 0.8, "--sample-kimg", 0.4,
+                             "--save-kimg", 0.4)
         assert code == 0 and "complete" in said, said
         log = [json.loads(line) for line in (root / "run/log.jsonl").read_text().splitlines()]
         assert log[-1]["loss"] < 0.8 * log[0]["loss"] and log[-1]["step"] == 100, (log[0], log[-1])
-        assert {"kimg", "lr", "grad_norm", "mse", "images_per_s", "skipped", "unreadable", "memory_gb"} <= log[0].keys()
+        assert {"kimg", "lr", "grad_norm", "mse", "images_per_s", "skipped", "unreadable",
+                "memory_gb"} <= log[0].keys()
         names = {p.name for p in (root / "run").iterdir()}
-        assert {"config.json", "log.jsonl", "loss.png", "last.pt", "000000.pt", "samples-000000.png"} == names, names
+        assert {"config.json", "log.jsonl", "loss.png", "last.pt", "000000.pt",
+                "samples-000000.png"} == names, names
         assert Image.open(root / "run/loss.png").size == (720, 400)
         code, said = command(train, *TINY, "--out", root / "run", "--kimg", 0.8)
         assert code == 0 and "complete" in said
 
 
 def test_resumed_equals_unbroken():
-    """Stopped in the middle of a tick and started again by the same command: every tensor and the log, bit for bit."""
+    """Stopped in the middle of a tick and started again by the same command: every tensor and the log, bit for
+    bit."""
     with folder() as root:
         whole = tiny_run(root / "whole")
         tiny_run(root / "parts", kimg=0.024)
@@ -984,15 +1070,20 @@ def test_resumed_equals_unbroken():
 
 
 def test_micro_batches_add_up_to_the_batch():
-    """The gradient of 2 x 4 images is that of 8: with dropout, noise and timesteps out of the way, the same steps."""
-    cfg = dataclasses.replace(configs.PRESETS["shapes"], hidden_size=16, depth=1, num_heads=2, class_dropout_prob=0.0, batch_size=8)
+    """The gradient of 2 x 4 images is that of 8: with dropout, noise and timesteps out of the way, the same
+    steps."""
+    cfg = dataclasses.replace(configs.PRESETS["shapes"], hidden_size=16, depth=1, num_heads=2,
+                              class_dropout_prob=0.0, batch_size=8)
 
     def gradients(micro):
         torch.manual_seed(0)
-        model, x = diffit.build(cfg), torch.from_numpy(np.stack([data.Shapes(32).read(i) for i in range(8)])).permute(0, 3, 1, 2).float() / 128 - 1
-        process, noise, sigma, y = diffusion.build(cfg), torch.randn(8, 3, 32, 32), torch.rand(8) + 0.1, torch.arange(8)
+        model, images = diffit.build(cfg), np.stack([data.Shapes(32).read(i) for i in range(8)])
+        x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 128 - 1
+        process, noise = diffusion.build(cfg), torch.randn(8, 3, 32, 32)
+        sigma, y = torch.rand(8) + 0.1, torch.arange(8)
         for part in torch.arange(8).split(micro):
-            (process.loss(lambda x, t: model(x, t, y[part]), x[part], sigma[part], noise[part])["loss"].mean() * micro / 8).backward()
+            loss = process.loss(lambda x, t: model(x, t, y[part]), x[part], sigma[part], noise[part])["loss"]
+            (loss.mean() * micro / 8).backward()
         return model
     for a, b in zip(gradients(8).parameters(), gradients(4).parameters()):
         close(a.grad, b.grad, 1e-6)
@@ -1005,22 +1096,20 @@ def test_signal_finishes_the_step_and_saves():
     with folder() as root:
         run = [sys.executable, "train.py", *map(str, TINY), "--kimg", "1000", "--out", str(root / "run")]
         process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent)
-        while "loss" not in process.stderr.readline():                     # the first tick: training is under way
+        while "loss" not in process.stderr.readline():         # the first tick: training is under way
             assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         said = process.communicate(timeout=60)[1]
-        assert process.returncode == 143 and "stopped by SIGTERM and saved" in said and "Traceback" not in said, said
+        assert (process.returncode == 143 and "stopped by SIGTERM and saved" in said
+                and "Traceback" not in said), said
         stopped = torch.load(root / "run/last.pt", weights_only=True)
-        assert same(stopped, tiny_run(root / "again", kimg=stopped["step"] * 8 / 1000)), "stopped is not like never stopped"
+        assert same(stopped, tiny_run(root / "again", kimg=stopped["step"] * 8 / 1000)), \
+            "stopped is not like never stopped"
 
 
 def test_non_finite_steps_are_skipped_and_ten_in_a_row_end_the_run():
-    class Poisoned(data.Shapes):
-        def read(self, i):
-            if self.bad(i):
-                raise AssertionError("poison is put into the loss, not the image")
-            return super().read(i)
-    cfg = configs.config_from("shapes", dict(hidden_size=16, depth=1, num_heads=2, batch_size=8, kimg=0.16, workers=0, tick_kimg=0.16, steps=2, sample_kimg=9.0))
+    cfg = configs.config_from("shapes", dict(hidden_size=16, depth=1, num_heads=2, batch_size=8, kimg=0.16,
+                                             workers=0, tick_kimg=0.16, steps=2, sample_kimg=9.0))
     loss, count = EDM.loss, [0]
 
     def poisoned(bad):
@@ -1039,7 +1128,8 @@ def test_non_finite_steps_are_skipped_and_ten_in_a_row_end_the_run():
             assert all(v.isfinite().all() for v in state["ema"].values())
             EDM.loss, count[0] = poisoned(lambda k: k > 5), 0
             (root / "b").mkdir()
-            refused(lambda: train.train(cfg, data.Shapes(32), root / "b", device=torch.device("cpu")), "10 steps in a row", "step 14")
+            refused(lambda: train.train(cfg, data.Shapes(32), root / "b", device=torch.device("cpu")),
+                    "10 steps in a row", "step 14")
     finally:
         EDM.loss = loss
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -1047,9 +1137,10 @@ def test_non_finite_steps_are_skipped_and_ten_in_a_row_end_the_run():
 
 
 def test_real_pictures_train_resume_and_sample():
-    """python train.py --preset cifar10 --data FOLDER, .zip, .npz: mixed sizes, modes and formats, one file truncated."""
-    small = ("--preset", "cifar10", "--channels", "8,8,8", "--blocks", "1,1,1", "--num-heads", 2, "--cond-size", 16, "--batch-size", 4,
-             "--steps", 2, "--tick-kimg", 0.008, "--workers", 1)
+    """python train.py --preset cifar10 --data FOLDER, .zip, .npz: mixed sizes, modes and formats, one file
+    truncated."""
+    small = ("--preset", "cifar10", "--channels", "8,8,8", "--blocks", "1,1,1", "--num-heads", 2,
+             "--cond-size", 16, "--batch-size", 4, "--steps", 2, "--tick-kimg", 0.008, "--workers", 1)
     with folder() as root:
         pictures(root / "pics")
         files = data.Files(root / "pics", 32)
@@ -1058,11 +1149,14 @@ def test_real_pictures_train_resume_and_sample():
         zipped(root / "pics", root / "pics.zip")
         for name in ("pics", "pics.zip", "pics.npz"):
             for kimg in (0.008, 0.016):
-                code, said = command(train, *small, "--data", root / name, "--out", root / f"run-{name}", "--kimg", kimg)
+                code, said = command(train, *small, "--data", root / name, "--out", root / f"run-{name}",
+                                     "--kimg", kimg)
                 assert code == 0, said
-                assert ("skipped dogs/broken.png" in said) == (name != "pics.npz" and kimg == 0.008 or "dogs/broken.png" in said), said
+                assert ("skipped dogs/broken.png" in said) == (
+                    name != "pics.npz" and kimg == 0.008 or "dogs/broken.png" in said), said
             assert "resumed" in said
-            code, said = command(sample, "--ckpt", root / f"run-{name}/last.pt", "--n", 2, "--out", root / f"{name}.png")
+            code, said = command(sample, "--ckpt", root / f"run-{name}/last.pt", "--n", 2,
+                                 "--out", root / f"{name}.png")
             assert code == 0 and Image.open(root / f"{name}.png").size == (134, 68), said
 
 
@@ -1075,7 +1169,8 @@ def test_training_refuses_what_it_cannot_do():
         complains(train, "--lr", "fast", *out, words=["--lr", "fast"])
         complains(train, "--preset", "cifar10", *out, words=["--data", "'shapes'"])
         complains(train, "--preset", "cifar10", "--data", root / "nothing", *out, words=["nothing"])
-        complains(train, "--preset", "imagenet256", "--data", root / "pics", *out, words=["3 channels", "takes 4"])
+        complains(train, "--preset", "imagenet256", "--data", root / "pics", *out,
+                  words=["3 channels", "takes 4"])
         complains(train, "--input-size", 30, *out, words=["30 x 30", "multiple"])
         complains(train, "--num-classes", 5, *out, words=["label 9", "0 to 4", "--num-classes 10"])
         np.savez(root / "plain.npz", np.zeros((3, 32, 32, 3), np.uint8))
@@ -1091,9 +1186,11 @@ def test_a_folder_with_another_run_is_kept():
     with folder() as root:
         before = tiny_run(root / "run")
         files = {p.name: p.read_bytes() for p in (root / "run").iterdir()}
-        complains(train, *TINY, "--out", root / "run", "--lr", 0.5, words=["another run", "lr is 0.001 there and 0.5 here"])
+        complains(train, *TINY, "--out", root / "run", "--lr", 0.5,
+                  words=["another run", "lr is 0.001 there and 0.5 here"])
         complains(train, *TINY, "--out", root / "run", "--overwrite", "--data", root / "none", words=["none"])
-        assert files == {p.name: p.read_bytes() for p in (root / "run").iterdir()}, "a refused run changed files"
+        assert files == {p.name: p.read_bytes() for p in (root / "run").iterdir()}, \
+            "a refused run changed files"
         after = tiny_run(root / "run", "--lr", 0.5, "--overwrite")
         assert after["config"]["lr"] == 0.5 and not same(before["model"], after["model"])
         (root / "run/last.pt").write_bytes((root / "run/last.pt").read_bytes()[:5000])
@@ -1105,11 +1202,13 @@ def test_a_folder_with_another_run_is_kept():
 def test_init_from_takes_the_ema_weights():
     with folder() as root:
         state = tiny_run(root / "a")
-        code, said = command(train, *TINY, "--out", root / "b", "--kimg", 0.008, "--lr", 1e-12, "--init-from", root / "a/last.pt")
+        code, said = command(train, *TINY, "--out", root / "b", "--kimg", 0.008, "--lr", 1e-12,
+                             "--init-from", root / "a/last.pt")
         assert code == 0, said
         for name, value in torch.load(root / "b/last.pt", weights_only=True)["model"].items():
             close(value, state["ema"][name], 1e-6, name)
-        complains(train, *TINY, "--hidden-size", 64, "--out", root / "c", "--init-from", root / "a/last.pt", words=["do not fit", "expected"])
+        complains(train, *TINY, "--hidden-size", 64, "--out", root / "c", "--init-from", root / "a/last.pt",
+                  words=["do not fit", "expected"])
 
 
 def test_checkpoints_hold_tensors_and_plain_values_and_survive_a_failed_write():
@@ -1144,9 +1243,11 @@ def test_image_i_follows_from_seed_and_i():
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
-        for settings in (dict(sampler="heun", cfg=2.0), dict(sampler="ddpm", cfg=1.0), dict(sampler="ddim", eta=0.7, cfg=1.5), dict(sampler="dpmpp")):
+        for settings in (dict(sampler="heun", cfg=2.0), dict(sampler="ddpm", cfg=1.0),
+                         dict(sampler="ddim", eta=0.7, cfg=1.5), dict(sampler="dpmpp")):
             cfg = dataclasses.replace(cfg, **settings)
-            make = lambda indices, batch, seed=5: np.concatenate([data.to_uint8(x) for x, _ in sample.generate(model, cfg, indices, seed=seed, batch=batch)])
+            make = lambda indices, batch, seed=5: np.concatenate([
+                data.to_uint8(x) for x, _ in sample.generate(model, cfg, indices, seed=seed, batch=batch)])
             all_at_once, in_parts, some = make(range(6), 6), make(range(6), 4), make([5, 2], 1)
             off = lambda a, b: np.abs(a.astype(int) - b.astype(int)).max()
             assert off(all_at_once, in_parts) <= 1 and off(all_at_once[[5, 2]], some) <= 1, settings
@@ -1156,24 +1257,31 @@ def test_image_i_follows_from_seed_and_i():
 def test_classes():
     cfg = configs.PRESETS["shapes"]
     assert [sample.class_of(i, cfg, [2, 7]) for i in range(4)] == [2, 7, 2, 7]
-    assert sorted(sample.class_of(i, cfg) for i in range(10)) == list(range(10)) == sample.parse_classes("all", cfg)
+    assert (sorted(sample.class_of(i, cfg) for i in range(10)) == list(range(10))
+            == sample.parse_classes("all", cfg))
     assert sample.parse_classes("207,360", dataclasses.replace(cfg, num_classes=1000)) == [207, 360]
 
 
 def test_sampling_writes_grid_folder_and_npz():
     with checkpoint() as (root, path):
-        flags = ("--ckpt", path, "--n", 5, "--batch", 2, "--classes", "3,1", "--sampler", "ddim", "--eta", 0.5, "--cfg", 2, "--cfg-interval", "0.1,5")
-        code, said = command(sample, *flags, "--out", root / "g.png", "--dir", root / "each", "--npz", root / "a.npz")
+        flags = ("--ckpt", path, "--n", 5, "--batch", 2, "--classes", "3,1", "--sampler", "ddim",
+                 "--eta", 0.5, "--cfg", 2, "--cfg-interval", "0.1,5")
+        code, said = command(sample, *flags, "--out", root / "g.png", "--dir", root / "each",
+                             "--npz", root / "a.npz")
         assert code == 0, said
         arrays = np.load(root / "a.npz")
-        assert arrays["arr_0"].shape == (5, 32, 32, 3) and arrays["arr_0"].dtype == np.uint8 and arrays["arr_1"].tolist() == [3, 1, 3, 1, 3]
+        assert (arrays["arr_0"].shape == (5, 32, 32, 3) and arrays["arr_0"].dtype == np.uint8
+                and arrays["arr_1"].tolist() == [3, 1, 3, 1, 3])
         names = sorted(p.name for p in (root / "each").iterdir())
         assert names == [f"{i:06}.png" for i in range(5)]
-        assert all(np.array_equal(np.asarray(Image.open(root / "each" / n)), a) for n, a in zip(names, arrays["arr_0"]))
+        assert all(np.array_equal(np.asarray(Image.open(root / "each" / n)), a)
+                   for n, a in zip(names, arrays["arr_0"]))
         assert Image.open(root / "g.png").size == (2 * 66 + 2, 3 * 66 + 2), "a column for each class"
-        raw, ema = (torch.load(path, weights_only=True)[k]["final_layer.linear.weight"] for k in ("model", "ema"))
+        raw, ema = (torch.load(path, weights_only=True)[k]["final_layer.linear.weight"]
+                    for k in ("model", "ema"))
         assert torch.equal(sample.load_model(path, raw=True, device="cpu")[0].final_layer.linear.weight, raw)
-        assert torch.equal(sample.load_model(path, device="cpu")[0].final_layer.linear.weight, ema) and not torch.equal(raw, ema)
+        assert (torch.equal(sample.load_model(path, device="cpu")[0].final_layer.linear.weight, ema)
+                and not torch.equal(raw, ema))
 
 
 def test_sampling_refuses_what_it_cannot_do():
@@ -1186,11 +1294,13 @@ def test_sampling_refuses_what_it_cannot_do():
         (root / "text.pt").write_text("no checkpoint")
         complains(sample, "--ckpt", root / "text.pt", *out, words=["text.pt"])
         torch.save({"weights": torch.zeros(3)}, root / "foreign.pt")
-        complains(sample, "--ckpt", root / "foreign.pt", *out, words=["foreign.pt", "not a checkpoint of train.py"])
+        complains(sample, "--ckpt", root / "foreign.pt", *out,
+                  words=["foreign.pt", "not a checkpoint of train.py"])
         state = torch.load(path, weights_only=True)
         torch.save({**state, "config": {**state["config"], "hidden_size": 64}}, root / "shape.pt")
         complains(sample, "--ckpt", root / "shape.pt", *out, words=["shape.pt", "of another shape", "expected"])
-        torch.save({**state, "ema": {n: v for n, v in state["ema"].items() if "fc1" not in n}}, root / "less.pt")
+        torch.save({**state, "ema": {n: v for n, v in state["ema"].items() if "fc1" not in n}},
+                   root / "less.pt")
         complains(sample, "--ckpt", root / "less.pt", *out, words=["2 missing", "fc1"])
         no("--classes", "3,10", *out, words=["no class 10", "0 to 9"])
         no("--classes", "-1", *out, words=["-1"])
@@ -1208,7 +1318,8 @@ def test_sampling_refuses_what_it_cannot_do():
         assert (root / "taken.png").read_bytes() == b"precious" and not (root / "x.png").exists()
     with checkpoint("--process", "ddpm", "--sampler", "ddpm", "--num-classes", 0, "--cfg", 1) as (root, path):
         complains(sample, "--ckpt", path, "--steps", 1001, "--out", root / "x.png", words=["1001", "1 to 1000"])
-        complains(sample, "--ckpt", path, "--classes", "all", "--out", root / "x.png", words=["without classes"])
+        complains(sample, "--ckpt", path, "--classes", "all", "--out", root / "x.png",
+                  words=["without classes"])
         complains(sample, "--ckpt", path, "--cfg", 2, "--out", root / "x.png", words=["--cfg 2", "classes"])
 
 
@@ -1250,7 +1361,8 @@ def test_cuda_trains_resumes_and_samples():
 def test_cuda_compiled_blocks_equal_eager_ones():
     device = need_cuda()
     model = fill(diffit.DiffiT(**SMALL).eval()).to(device)
-    x, t, y = torch.randn(3, 4, 8, 8, device=device), torch.tensor([0, 37, 999], device=device), torch.tensor([0, 3, 10], device=device)
+    x, t, y = (torch.randn(3, 4, 8, 8, device=device), torch.tensor([0, 37, 999], device=device),
+               torch.tensor([0, 3, 10], device=device))
     with torch.no_grad():
         expected = model(x, t, y)
         for block in model.blocks:

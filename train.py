@@ -8,7 +8,6 @@ import dataclasses
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -92,7 +91,7 @@ def refuse_another_run(theirs, cfg, path):
     if differ:
         raise ValueError(f"{path} belongs to another run: "
                          + ", ".join(f"{n} is {theirs.get(n)!r} there and {ours[n]!r} here" for n in differ)
-                         + "; give another --out, or --overwrite to start anew in this one")
+                         + "; give another --out, or --overwrite to start anew there")
 
 
 def open_folder(out, cfg, overwrite):
@@ -108,7 +107,7 @@ def open_folder(out, cfg, overwrite):
         try:
             refuse_another_run(json.loads(config.read_text()), cfg, out)
         except json.JSONDecodeError:
-            raise ValueError(f"{config} is damaged; give another --out, or --overwrite to start anew in this one") from None
+            raise ValueError(f"{config} is damaged; give another --out, or --overwrite to start anew there") from None
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"--out {out} holds files that are no run of train.py; give a new or an empty folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -131,23 +130,29 @@ class Progress:
 
     def __init__(self, cfg, out, device):
         self.cfg, self.out, self.device, self.live = cfg, out, device, sys.stderr.isatty()
-        self.total = math.ceil(cfg.kimg * 1000 / cfg.batch_size)           # steps of the whole run
+        self.total = math.ceil(round(cfg.kimg * 1000 / cfg.batch_size, 6)) # steps of the whole run
         self.log, self.sums, self.steps, self.skipped = [], {}, 0, 0
 
     def state(self):
-        return {"log": self.log, "sums": {k: float(v) for k, v in self.sums.items()}, "steps": self.steps, "skipped": self.skipped}
+        sums = {name: float(value) for name, value in self.sums.items()}
+        return {"log": self.log, "sums": sums, "steps": self.steps, "skipped": self.skipped}
 
     def load(self, state):
-        self.log, self.sums, self.steps, self.skipped = state["log"], state["sums"], state["steps"], state["skipped"]
+        vars(self).update(state)
 
     def begin(self, step):
         """Start the clocks at this step; the log is what it was then."""
         write_text(self.out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log))
-        self.first, self.began, self.shown, self.busy, self.timed = step, time.time(), 0, 0.0, 0
+        self.first, self.began, self.shown = step, time.time(), 0
+        self.timed, self.busy, self.waited = 0, 0.0, 0.0
 
-    def add(self, seconds, **values):
-        """One step: its seconds, and scalars to average."""
-        self.busy, self.timed, self.steps = self.busy + seconds, self.timed + 1, self.steps + 1
+    def time(self, seconds, waited):
+        """One step took so many seconds, of which it waited for data."""
+        self.timed, self.busy, self.waited = self.timed + 1, self.busy + seconds, self.waited + waited
+
+    def add(self, **values):
+        """Scalars of one step, to average."""
+        self.steps += 1
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + value
 
@@ -157,18 +162,20 @@ class Progress:
             return
         self.shown = time.time()
         means = {name: float(total) / max(self.steps, 1) for name, total in self.sums.items()}
+        busy = max(self.busy, 1e-9)
         entry = {"step": step, "kimg": step * self.cfg.batch_size / 1000, **means, "lr": lr, "skipped": self.skipped,
-                 "unreadable": unreadable, "images_per_s": round(self.timed * self.cfg.batch_size / max(self.busy, 1e-9), 1),
-                 "memory_gb": round(memory(self.device), 3)}
+                 "unreadable": unreadable, "images_per_s": round(self.timed * self.cfg.batch_size / busy, 1),
+                 "data_wait": round(self.waited / busy, 4), "memory_gb": round(memory(self.device), 3)}
         left = (self.total - step) * (self.shown - self.began) / max(step - self.first, 1)
-        text = (f"kimg {entry['kimg']:.1f}  loss {means.get('loss', math.nan):.4f}  lr {lr:.2e}  grad {means.get('grad_norm', math.nan):.3f}  "
-                f"{entry['images_per_s']:.0f} images/s  {entry['memory_gb']:.2f} GB  {clock(left)} left")
+        text = (f"kimg {entry['kimg']:.1f}  loss {means.get('loss', math.nan):.4f}  lr {lr:.2e}  "
+                f"grad {means.get('grad_norm', math.nan):.3f}  {entry['images_per_s']:.0f} images/s  "
+                f"{entry['memory_gb']:.2f} GB  {clock(left)} left")
         print(f"\r{text:<100}" if self.live else text, end="" if self.live else "\n", file=sys.stderr, flush=True)
         if tick:
             self.log.append(entry)
             with open(self.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(entry) + "\n")
-            self.sums, self.steps, self.busy, self.timed = {}, 0, 0.0, 0
+            self.sums, self.steps, self.timed, self.busy, self.waited = {}, 0, 0, 0.0, 0.0
 
 
 def clock(seconds):
@@ -179,6 +186,9 @@ def memory(device):
     """Peak memory of this process in GB: on the GPU, or in all on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    if sys.platform == "win32":
+        return math.nan
+    import resource                                                        # Windows has none
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
@@ -226,23 +236,24 @@ class Stop:
 def learning_rate(cfg, images):
     """For a step that begins after so many images: a linear ramp from 0, then constant or half a cosine down to 0."""
     ramp = min(1.0, images / (1000 * cfg.lr_rampup_kimg)) if cfg.lr_rampup_kimg else 1.0
-    decay = 0.5 + 0.5 * math.cos(math.pi * min(1.0, images / (1000 * cfg.kimg))) if cfg.lr_decay == "cosine" else 1.0
-    return cfg.lr * ramp * decay
+    done = min(1.0, images / (1000 * cfg.kimg)) if cfg.lr_decay == "cosine" else 0.0
+    return cfg.lr * ramp * (0.5 + 0.5 * math.cos(math.pi * done))
 
 
 def train(cfg, dataset, out, init_from=None, device=None):
-    """Train cfg on dataset in the folder out, from the start or from out/last.pt -> None when complete, or the number of
-    the signal that stopped it. ValueError past 1 % unreadable images or after 10 steps in a row without finite gradients."""
+    """Train cfg on dataset in the folder out, from the start or from out/last.pt -> None when complete, or the number
+    of the signal that stopped it. ValueError past 1 % unreadable images, or after 10 steps in a row without finite
+    gradients."""
     device = device or sample.default_device()
     out, micro = Path(out), cfg.micro_batch or cfg.batch_size
     torch.manual_seed(cfg.seed)
-    model = diffit.build(cfg)                                              # on the CPU: the same weights on every machine
+    model = diffit.build(cfg)                                              # on the CPU: the same on every machine
     if init_from:
-        sample.load_weights(model, sample.load_model(init_from, device="cpu")[0].state_dict(), init_from)
+        sample.load_weights(model, sample.read_checkpoint(init_from)["ema"], init_from)
     model.to(device).train()
     ema = EMA(model, cfg)
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-8, weight_decay=cfg.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(parameters, cfg.lr, (0.9, cfg.beta2), 1e-8, cfg.weight_decay, fused=True)
     process, progress, start = diffusion.build(cfg), Progress(cfg, out, device), 0
     if (out / "last.pt").exists():
         start = load_checkpoint(out / "last.pt", cfg, model, ema, optimizer, progress)
@@ -261,9 +272,11 @@ def train(cfg, dataset, out, init_from=None, device=None):
 
     for step in range(start, progress.total):
         began, images = time.time(), step * cfg.batch_size                 # images seen before this step
-        lr, means = learning_rate(cfg, images), {}
+        lr, means, waited = learning_rate(cfg, images), {}, 0.0
         for k in range(0, cfg.batch_size, micro):
+            asked = time.time()
             x, y, failed = next(batches)
+            waited += time.time() - asked
             unreadable.add(failed)
             x = x.to(device, non_blocking=True).float() / 127.5 - 1        # (b, C, H, W) in [-1, 1]
             y = y.to(device, non_blocking=True) if cfg.num_classes else None
@@ -281,13 +294,15 @@ def train(cfg, dataset, out, init_from=None, device=None):
                 group["lr"] = lr
             optimizer.step()
             ema.update(images)
-            progress.add(time.time() - began, **means, grad_norm=norm)
-        in_a_row = 0 if norm.isfinite() else in_a_row + 1
-        progress.skipped += not norm.isfinite()
+            progress.add(**means, grad_norm=norm)
+            in_a_row = 0
+        else:
+            progress.skipped, in_a_row = progress.skipped + 1, in_a_row + 1
         optimizer.zero_grad(set_to_none=True)
+        progress.time(time.time() - began, waited)
         if in_a_row == 10:
-            raise ValueError(f"the gradients of 10 steps in a row, up to step {step} ({images / 1000:g} kimg), were not finite; lower --lr, "
-                             f"or go on from the last good checkpoint in {out}")
+            raise ValueError(f"the gradients of 10 steps in a row, up to step {step} ({images / 1000:g} kimg), were not "
+                             f"finite; lower --lr, or go on from the last good checkpoint in {out}")
 
         done, last = step + 1, step + 1 == progress.total
         passed = lambda kimg: last or done * cfg.batch_size // (1000 * kimg) > images // (1000 * kimg)
@@ -327,23 +342,23 @@ def open_data(cfg):
     if cfg.in_channels != 3:
         raise ValueError(f"{cfg.data} holds pictures of 3 channels, and this network takes {cfg.in_channels} (latents)")
     if cfg.num_classes and dataset.labels is None:
-        raise ValueError(f"{cfg.data} has no labels, and this network has {cfg.num_classes} classes; sort the images into sub-folders, "
-                         f"or pass --num-classes 0")
+        raise ValueError(f"{cfg.data} has no labels, and this network has {cfg.num_classes} classes; sort the images "
+                         f"into sub-folders, or pass --num-classes 0")
     if cfg.num_classes and dataset.labels.max() >= cfg.num_classes:
-        raise ValueError(f"{cfg.data} has a label {dataset.labels.max()}, and this network has the classes 0 to {cfg.num_classes - 1}; "
-                         f"pass --num-classes {dataset.labels.max() + 1}")
+        raise ValueError(f"{cfg.data} has a label {dataset.labels.max()}, and this network has the classes 0 to "
+                         f"{cfg.num_classes - 1}; pass --num-classes {dataset.labels.max() + 1}")
     return dataset
 
 
-def describe(name, cfg, dataset, device):
+def describe(name, cfg, network, dataset, device):
     """Say what is about to run, and what to expect of this machine."""
-    with torch.device("meta"):
-        size = sum(p.numel() for p in diffit.build(cfg).parameters())      # ValueError if the sizes do not fit
+    size = sum(p.numel() for p in network.parameters())
     bf16 = sample.uses_bf16(cfg.precision, device)
-    say(f"{name} ({SOURCES[name][0]}): {cfg.model} of {size / 1e6:.2f}M parameters, {len(dataset)} images from {cfg.data}, "
-        f"{cfg.kimg:g} kimg, {device.type} in {'bf16' if bf16 else 'fp32'}")
+    say(f"{name} ({SOURCES[name][0]}): {cfg.model} of {size / 1e6:.2f}M parameters, {len(dataset)} images from "
+        f"{cfg.data}, {cfg.kimg:g} kimg, {device.type} in {'bf16' if bf16 else 'fp32'}")
     if device.type == "cpu" and not bf16:
-        say("this CPU has no fast bf16 (AMX), so everything runs in fp32, a few times slower than it could; the time left is shown below")
+        say("this CPU has no fast bf16 (AMX), so everything runs in fp32: expect a few times the time that a CPU with "
+            "AMX takes; the time left is shown below")
 
 
 def main():
@@ -359,10 +374,12 @@ def main():
     try:
         cfg = config_from(name, args)
         dataset = open_data(cfg)
-        describe(name, cfg, dataset, sample.default_device())
+        with torch.device("meta"):
+            network = diffit.build(cfg)                                    # do the sizes fit? no memory is taken
         if init_from:
-            sample.read_checkpoint(init_from)
-        open_folder(out, cfg, overwrite)
+            sample.check_weights(network, sample.read_checkpoint(init_from)["ema"], init_from)
+        open_folder(out, cfg, overwrite)                                   # nothing is written before this line
+        describe(name, cfg, network, dataset, sample.default_device())
         stopped = train(cfg, dataset, out, init_from)
     except (ValueError, OSError) as error:
         parser.error(str(error))
