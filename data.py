@@ -1,6 +1,7 @@
 """Files to tensors and back: data sets, the order of training, pictures; and `python data.py prepare`.
 
-A data set has len(), read(i) -> uint8 (size, size, 3), labels ((n,) int64, or None), name(i), and class_names.
+A data set has len(), read(i) -> uint8 (size, size, 3), labels ((n,) int64, or None), name(i), and class_names
+(empty where the source has only numbers).
 There are three: `Shapes` (drawn), `Files` (a folder or a zip of pictures), `Arrays` (an .npz, the CIFAR
 archives). `Stream` puts one in the endless order that training reads it in.
 """
@@ -24,16 +25,16 @@ from PIL import Image, ImageDraw, ImageOps
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 KINDS = ("'shapes', a folder of images (sub-folders are classes), a .zip of images, an .npz, "
          "or a CIFAR-10/100 binary archive")
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError)
 
 
 # ---------------------------------------------------------------------------------------------
 # One picture
 
 def decode(file):
-    """An opened image file -> PIL image, RGB, upright; transparency is laid on white. Raises one of BROKEN."""
+    """An opened image file -> PIL image, RGB, upright; transparency is laid on white. Raises what Pillow raises, which
+    for a broken file can be nearly anything."""
     image = ImageOps.exif_transpose(Image.open(file))
-    if image.mode.startswith("I") or image.mode == "F":                    # 16-bit grey
+    if image.mode.startswith("I"):                                         # 16-bit grey
         image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -104,7 +105,7 @@ class Shapes:
     def read(self, i):
         rng = np.random.default_rng([self.seed, i])
         radius, tilt, hue, saturation, value, right, down = rng.uniform(
-            [0.32, -0.2, 0, 0.75, 0.85, 0, 0], [0.44, 0.2, 1, 1, 1, 1, 1])
+            [0.36, -0.15, 0, 0.75, 0.85, 0, 0], [0.46, 0.15, 1, 1, 1, 1, 1])
         ground = rng.uniform(0.2, 0.32, 3)
         turn = np.array([[math.cos(tilt), math.sin(tilt)], [-math.sin(tilt), math.cos(tilt)]])
         centre = radius + 0.02 + (0.96 - 2 * radius) * np.array([right, down])
@@ -121,13 +122,15 @@ class Files:
     """Pictures in a folder or in a .zip, read when asked for, cropped and resized to size.
 
     Classes: what dataset.json says ({"labels": [["path", class], ...]}, as in EDM), else the first level of
-    sub-folders in alphabetical order; pictures that lie in no sub-folder have none.
+    sub-folders in alphabetical order (inside the one folder that holds everything, if there is one); pictures
+    that lie in no sub-folder have none.
     ValueError if there are no pictures, or if the labels cannot be understood."""
 
     def __init__(self, path, size):
         self.path, self.size, self.archive, self.pid = Path(path), size, None, None
         if self.path.is_dir():
-            found = (p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file())
+            found = (Path(top, name).relative_to(self.path).as_posix()
+                     for top, _, names in os.walk(self.path, followlinks=True) for name in names)
         else:
             found = self.zip().namelist()
         hidden = (".", "__MACOSX")
@@ -151,8 +154,11 @@ class Files:
                                  'expected {"labels": [["path", class], ...]}') from None
             if not all(type(label) is int and label >= 0 for label in chosen):
                 raise ValueError(f"dataset.json in {self.path} has a label that is not a class number 0, 1, 2, ...")
-            return np.array(chosen), [str(i) for i in range(max(chosen) + 1)]
-        folders = [n.split("/")[0] if "/" in n else None for n in self.names]
+            return np.array(chosen), []
+        folders = [n.split("/")[:-1] for n in self.names]
+        while all(len(f) > 1 and f[0] == folders[0][0] for f in folders):  # as when a whole folder was zipped
+            folders = [f[1:] for f in folders]
+        folders = [f[0] if f else None for f in folders]
         classes = sorted({f for f in folders if f is not None})
         if not classes:
             return None, []
@@ -214,8 +220,7 @@ def read_npz(path, size):
     if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min() < 0):
         raise ValueError(f"arr_1 in {path} is {labels.dtype} {labels.shape}, not one class number 0, 1, ... for each of "
                          f"the {len(images)} images")
-    names = [] if labels is None else [str(i) for i in range(labels.max() + 1)]
-    return Arrays(images, None if labels is None else labels.astype(np.int64), size, names)
+    return Arrays(images, None if labels is None else labels.astype(np.int64), size)
 
 
 def read_cifar(path, size):
@@ -236,7 +241,7 @@ def read_cifar(path, size):
     records = np.frombuffer(raw, np.uint8).reshape(-1, header + 3072)
     images = np.ascontiguousarray(records[:, header:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
     labels = records[:, header - 1].astype(np.int64)
-    return Arrays(images, labels, size, names or [str(i) for i in range(labels.max() + 1)])
+    return Arrays(images, labels, size, names)
 
 
 def open_dataset(path, size):
@@ -277,15 +282,16 @@ class Stream(torch.utils.data.Dataset):
         if epoch != self.epoch:
             self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(n)
         unreadable = []
-        for j in range(n):
-            i = self.order[(k + j) % n]
+        while True:
+            i = self.order[(k + len(unreadable)) % n]
             try:
                 image = self.dataset.read(i)
                 break
-            except BROKEN as error:
-                unreadable.append((self.dataset.name(i), str(error)))
-        else:
-            raise ValueError(f"none of the {n} images can be read; the first fails with: {unreadable[0][1]}")
+            except Exception as error:
+                unreadable.append((self.dataset.name(i), reason(error)))
+            if len(unreadable) > allowed(n):                               # the list alone is enough to stop the run
+                image = np.zeros((self.dataset.size, self.dataset.size, 3), np.uint8)
+                break
         if self.xflip and np.random.default_rng([self.seed, 1, place]).random() < 0.5:
             image = image[:, ::-1]
         label = -1 if self.dataset.labels is None else int(self.dataset.labels[i])
@@ -309,19 +315,28 @@ def loader(dataset, batches, workers, pin_memory=False):
                                        prefetch_factor=4 if workers else None)
 
 
+def reason(error):
+    """What went wrong with an image, in one line."""
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
+
+
+def allowed(n):
+    """How many of n images may be unreadable: 1 %, and one is always forgiven."""
+    return max(1, n // 100)
+
+
 class Unreadable:
-    """Names and counts the images that could not be read. ValueError, with the list, past 1 % of the data (but one
-    is always forgiven)."""
+    """Names and counts the images that could not be read. ValueError, with the list, when there are more than allowed."""
 
     def __init__(self, dataset):
-        self.found, self.limit, self.total = {}, max(1, len(dataset) // 100), len(dataset)
+        self.found, self.total = {}, len(dataset)
 
     def add(self, unreadable):
-        for name, reason in unreadable:
+        for name, why in unreadable:
             if name not in self.found:
-                self.found[name] = reason
-                print(f"skipped {name}: {reason}", file=sys.stderr, flush=True)
-        if len(self.found) > self.limit:
+                self.found[name] = why
+                print(f"skipped {name}: {why}", file=sys.stderr, flush=True)
+        if len(self.found) > allowed(self.total):
             raise ValueError(f"{len(self.found)} of {self.total} images cannot be read, more than 1 %; mend or remove "
                              f"them: " + ", ".join(self.found))
 
@@ -391,7 +406,8 @@ def prepare(source, dest, size, workers=2):
         os.replace(temporary, dest)
     finally:
         temporary.unlink(missing_ok=True)
-    print(f"\n{dest}: {len(labels)} images of {size} x {size}, {len(dataset.class_names)} classes, "
+    classes = 0 if dataset.labels is None else int(dataset.labels.max()) + 1
+    print(f"\n{dest}: {len(labels)} images of {size} x {size}, {classes} classes, "
           f"{len(unreadable.found)} unreadable images left out", file=sys.stderr)
 
 
@@ -405,8 +421,8 @@ class Packer(torch.utils.data.Dataset):
         try:
             out = io.BytesIO()
             Image.fromarray(self.dataset.read(i)).save(out, "png")
-        except BROKEN as error:
-            return None, (self.dataset.name(i), str(error))
+        except Exception as error:
+            return None, (self.dataset.name(i), reason(error))
         return (out.getvalue(), None if self.dataset.labels is None else int(self.dataset.labels[i])), None
 
     @staticmethod
@@ -423,13 +439,16 @@ def main():
     command.add_argument("dest", metavar="DEST.zip")
     command.add_argument("--size", type=int, required=True, help="height and width in pixels")
     command.add_argument("--workers", type=int, default=2, help="processes that read (default 2)")
+    parser.error = command.error = lambda message: parser.exit(2, f"data.py: {message}\n")
     args = parser.parse_args()
     try:
         if args.size < 1:
             raise ValueError(f"--size {args.size} is no size; give a number of pixels from 1")
         prepare(args.source, args.dest, args.size, args.workers)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"data.py: {error}\n")
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "\ndata.py: stopped\n")
 
 
 if __name__ == "__main__":

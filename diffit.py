@@ -241,7 +241,9 @@ class ResBlock(nn.Module):
 
 
 def group_norm(channels):
-    return nn.GroupNorm(min(32, channels // 4), channels)
+    """At most 32 groups of at least 4 channels, as in EDM."""
+    most = max(1, min(32, channels // 4))
+    return nn.GroupNorm(next(groups for groups in range(most, 0, -1) if channels % groups == 0), channels)
 
 
 # ---------------------------------------------------------------------------------------------

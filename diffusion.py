@@ -276,7 +276,7 @@ def ddpm(process, f, x, levels, noise=None, clip=False):
         x = a2 * beta / s ** 2 * x0 + a / a2 * s2 ** 2 / s ** 2 * x        # posterior mean, DDPM eq. 7
         if s2 > 0:
             low, high = math.log(beta * s2 ** 2 / s ** 2), math.log(beta)  # of beta-tilde and of beta
-            x = x + torch.as_tensor(0.5 * (low + share * (high - low))).exp() * noise()
+            x = x + torch.exp(torch.as_tensor(0.5 * (low + share * (high - low)), dtype=x.dtype)) * noise()
     return x
 
 

@@ -190,6 +190,7 @@ def recognised(images, labels, seed=0):
 # ---------------------------------------------------------------------------------------------
 # python sample.py
 
+GRID = 400                            # images that a grid shows at the most
 SAMPLING = ["sampler", "steps", "eta", "clip", "cfg", "cfg_schedule", "cfg_channels", "cfg_interval", "precision"]
 
 
@@ -223,6 +224,8 @@ def check_outputs(args):
             raise ValueError(f"{flag} {path}: the folder {Path(path).parent} does not exist; make it first")
     if args.dir and os.path.exists(args.dir) and (not os.path.isdir(args.dir) or os.listdir(args.dir)):
         raise ValueError(f"--dir {args.dir} exists and is not an empty folder; choose another name")
+    if args.dir and not Path(args.dir).parent.is_dir():
+        raise ValueError(f"--dir {args.dir}: the folder {Path(args.dir).parent} does not exist; make it first")
 
 
 def main():
@@ -233,7 +236,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone")
     parser.add_argument("--batch", type=int, default=64, help="images at a time")
     parser.add_argument("--raw", action="store_true", help="the optimizer's weights instead of their moving average")
-    parser.add_argument("--out", metavar="PNG", help="a grid of all images (default samples.png, if no other output is asked for)")
+    parser.add_argument("--out", metavar="PNG", help="a grid of the first 400 (default samples.png, if no other output is asked for)")
     parser.add_argument("--dir", metavar="DIR", help="a folder for one PNG each")
     parser.add_argument("--npz", metavar="FILE", help="as ADM's evaluator reads it: arr_0 uint8 (n, H, W, 3), arr_1 labels")
     parser.add_argument("--score", choices=["shapes"], help="have a classifier, trained on the spot, name the shapes made")
@@ -243,6 +246,10 @@ def main():
         run(args)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    except torch.OutOfMemoryError:
+        parser.error(f"out of GPU memory; pass a --batch below {args.batch}")
+    except KeyboardInterrupt:
+        parser.exit(130, "\nsample.py: stopped\n")
 
 
 def run(args):
@@ -255,8 +262,6 @@ def run(args):
     cfg = dataclasses.replace(cfg, **given)
     if cfg.in_channels != 3:
         raise ValueError(f"{args.ckpt} makes latents of {cfg.in_channels} channels, which are no pictures")
-    if "eta" in given and cfg.sampler != "ddim":
-        raise ValueError(f"--eta belongs to --sampler ddim, and this is {cfg.sampler}")
     if args.score and cfg.num_classes != 10:
         raise ValueError(f"--score shapes needs a network with the ten classes of shapes; {args.ckpt} has {cfg.num_classes}")
     classes = parse_classes(args.classes, cfg) if args.classes else None
@@ -275,12 +280,12 @@ def run(args):
     print(file=sys.stderr)
     images = np.concatenate(images)
 
-    if args.out:
-        data.save_grid(images, args.out, grid_columns(cfg, classes))
     if args.npz:
         temporary = f"{args.npz}.tmp.npz"
         np.savez(temporary, images, **({"arr_1": np.array(labels)} if labels else {}))
         os.replace(temporary, args.npz)
+    if args.out:
+        data.save_grid(images[:GRID], args.out, grid_columns(cfg, classes))
     for path in filter(None, (args.out, args.dir, args.npz)):
         print(f"wrote {path}")
     if args.score:

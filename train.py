@@ -60,11 +60,15 @@ def save_checkpoint(path, cfg, step, model, ema, optimizer, progress):
     state = {"format": sample.FORMAT, "config": dataclasses.asdict(cfg), "step": step, "model": model.state_dict(),
              "ema": ema.model.state_dict(), "optimizer": optimizer.state_dict(), "progress": progress.state()}
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:                               # torch.save makes a RuntimeError of a full disk
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written ({data.reason(error)}); what was there before is whole") from None
 
 
 def load_checkpoint(path, cfg, model, ema, optimizer, progress):
@@ -128,17 +132,19 @@ class Progress:
     """Means over each tick, shown as one live line on a terminal and elsewhere as a line per tick, and kept in log.jsonl.
     The sums stay on the device, and go into the checkpoint: a resumed run logs what an unbroken one would."""
 
-    def __init__(self, cfg, out, device):
+    def __init__(self, cfg, out, device, dataset):
         self.cfg, self.out, self.device, self.live = cfg, out, device, sys.stderr.isatty()
         self.total = math.ceil(round(cfg.kimg * 1000 / cfg.batch_size, 6)) # steps of the whole run
         self.log, self.sums, self.steps, self.skipped = [], {}, 0, 0
+        self.unreadable = data.Unreadable(dataset)
 
     def state(self):
         sums = {name: float(value) for name, value in self.sums.items()}
-        return {"log": self.log, "sums": sums, "steps": self.steps, "skipped": self.skipped}
+        return {"log": self.log, "sums": sums, "steps": self.steps, "skipped": self.skipped,
+                "unreadable": self.unreadable.found}
 
     def load(self, state):
-        vars(self).update(state)
+        self.log, self.sums, self.steps, self.skipped, self.unreadable.found = state.values()
 
     def begin(self, step):
         """Start the clocks at this step; the log is what it was then."""
@@ -156,7 +162,7 @@ class Progress:
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + value
 
-    def show(self, step, lr, tick, unreadable):
+    def show(self, step, lr, tick):
         """Called after each step; at a tick, write the log."""
         if not tick and not (self.live and time.time() - self.shown > 0.5):
             return
@@ -164,7 +170,7 @@ class Progress:
         means = {name: float(total) / max(self.steps, 1) for name, total in self.sums.items()}
         busy = max(self.busy, 1e-9)
         entry = {"step": step, "kimg": step * self.cfg.batch_size / 1000, **means, "lr": lr, "skipped": self.skipped,
-                 "unreadable": unreadable, "images_per_s": round(self.timed * self.cfg.batch_size / busy, 1),
+                 "unreadable": len(self.unreadable.found), "images_per_s": round(self.timed * self.cfg.batch_size / busy, 1),
                  "data_wait": round(self.waited / busy, 4), "memory_gb": round(memory(self.device), 3)}
         left = (self.total - step) * (self.shown - self.began) / max(step - self.first, 1)
         text = (f"kimg {entry['kimg']:.1f}  loss {means.get('loss', math.nan):.4f}  lr {lr:.2e}  "
@@ -240,21 +246,21 @@ def learning_rate(cfg, images):
     return cfg.lr * ramp * (0.5 + 0.5 * math.cos(math.pi * done))
 
 
-def train(cfg, dataset, out, init_from=None, device=None):
+def train(cfg, dataset, out, weights=None, device=None):
     """Train cfg on dataset in the folder out, from the start or from out/last.pt -> None when complete, or the number
-    of the signal that stopped it. ValueError past 1 % unreadable images, or after 10 steps in a row without finite
-    gradients."""
+    of the signal that stopped it. weights: a state_dict to begin with. ValueError past 1 % unreadable images, or after
+    10 steps in a row without finite gradients."""
     device = device or sample.default_device()
     out, micro = Path(out), cfg.micro_batch or cfg.batch_size
     torch.manual_seed(cfg.seed)
     model = diffit.build(cfg)                                              # on the CPU: the same on every machine
-    if init_from:
-        sample.load_weights(model, sample.read_checkpoint(init_from)["ema"], init_from)
+    if weights:
+        model.load_state_dict(weights)
     model.to(device).train()
     ema = EMA(model, cfg)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, cfg.lr, (0.9, cfg.beta2), 1e-8, cfg.weight_decay, fused=True)
-    process, progress, start = diffusion.build(cfg), Progress(cfg, out, device), 0
+    process, progress, start = diffusion.build(cfg), Progress(cfg, out, device, dataset), 0
     if (out / "last.pt").exists():
         start = load_checkpoint(out / "last.pt", cfg, model, ema, optimizer, progress)
         say(f"resumed from {out}/last.pt at {start * cfg.batch_size / 1000:g} kimg")
@@ -267,7 +273,7 @@ def train(cfg, dataset, out, init_from=None, device=None):
     places = (range(step * cfg.batch_size + k, step * cfg.batch_size + k + micro)
               for step in range(start, progress.total) for k in range(0, cfg.batch_size, micro))
     batches = iter(data.loader(data.Stream(dataset, cfg.seed, cfg.xflip), places, cfg.workers, device.type == "cuda"))
-    unreadable, in_a_row, stop = data.Unreadable(dataset), 0, Stop()
+    in_a_row, stop = 0, Stop()
     progress.begin(start)
 
     for step in range(start, progress.total):
@@ -277,7 +283,7 @@ def train(cfg, dataset, out, init_from=None, device=None):
             asked = time.time()
             x, y, failed = next(batches)
             waited += time.time() - asked
-            unreadable.add(failed)
+            progress.unreadable.add(failed)
             x = x.to(device, non_blocking=True).float() / 127.5 - 1        # (b, C, H, W) in [-1, 1]
             y = y.to(device, non_blocking=True) if cfg.num_classes else None
             torch.manual_seed(sample.seed_from(cfg.seed, step, k // micro))
@@ -306,16 +312,17 @@ def train(cfg, dataset, out, init_from=None, device=None):
 
         done, last = step + 1, step + 1 == progress.total
         passed = lambda kimg: last or done * cfg.batch_size // (1000 * kimg) > images // (1000 * kimg)
-        progress.show(done, lr, passed(cfg.tick_kimg), len(unreadable.found))
-        if passed(cfg.sample_kimg):
-            sample.save_samples(ema.model, cfg, out / f"samples-{done * cfg.batch_size // 1000:06}.png")
-            draw_loss(progress.log, out / "loss.png")
-        if passed(cfg.save_kimg) or stop.signal:
+        progress.show(done, lr, passed(cfg.tick_kimg))
+        name = f"{done * cfg.batch_size / 1000:06g}"                       # in kimg
+        if passed(cfg.save_kimg) or passed(cfg.sample_kimg) or stop.signal:
             save_checkpoint(out / "last.pt", cfg, done, model, ema, optimizer, progress)
         if passed(cfg.save_kimg):
-            link(out / "last.pt", out / f"{done * cfg.batch_size // 1000:06}.pt")
+            link(out / "last.pt", out / f"{name}.pt")
         if stop.signal and not last:
             return stop.signal
+        if passed(cfg.sample_kimg):
+            sample.save_samples(ema.model, cfg, out / f"samples-{name}.png")
+            draw_loss(progress.log, out / "loss.png")
 
 
 def link(source, dest):
@@ -338,9 +345,9 @@ def open_data(cfg):
     """The data set that cfg names. ValueError if the network cannot take what it holds."""
     if not cfg.data:
         raise ValueError(f"this preset has no data of its own; pass --data: {data.KINDS}")
-    dataset = data.open_dataset(cfg.data, cfg.input_size)
     if cfg.in_channels != 3:
-        raise ValueError(f"{cfg.data} holds pictures of 3 channels, and this network takes {cfg.in_channels} (latents)")
+        raise ValueError(f"--data {cfg.data}: pictures have 3 channels, and this network takes {cfg.in_channels} (latents)")
+    dataset = data.open_dataset(cfg.data, cfg.input_size)
     if cfg.num_classes and dataset.labels is None:
         raise ValueError(f"{cfg.data} has no labels, and this network has {cfg.num_classes} classes; sort the images "
                          f"into sub-folders, or pass --num-classes 0")
@@ -370,21 +377,26 @@ def main():
     parser.add_config()
     args = vars(parser.parse_args())
     name, out, init_from, overwrite = (args.pop(key) for key in ("preset", "out", "init_from", "overwrite"))
-    out = Path(out or f"runs/{name}")
+    out, weights, device = Path(out or f"runs/{name}"), None, sample.default_device()
     try:
         cfg = config_from(name, args)
         dataset = open_data(cfg)
         with torch.device("meta"):
             network = diffit.build(cfg)                                    # do the sizes fit? no memory is taken
-        if init_from:
-            sample.check_weights(network, sample.read_checkpoint(init_from)["ema"], init_from)
+        if init_from and (overwrite or not (out / "last.pt").exists()):    # a run under way has weights of its own
+            weights = sample.read_checkpoint(init_from)["ema"]
+            sample.check_weights(network, weights, init_from)
+            weights = {key: value.clone() for key, value in weights.items()}  # --overwrite may remove the file
         open_folder(out, cfg, overwrite)                                   # nothing is written before this line
-        describe(name, cfg, network, dataset, sample.default_device())
-        stopped = train(cfg, dataset, out, init_from)
+        describe(name, cfg, network, dataset, device)
+        stopped = train(cfg, dataset, out, weights, device)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    except torch.OutOfMemoryError:
+        parser.error(f"out of GPU memory; pass a --micro-batch below {cfg.micro_batch or cfg.batch_size}")
     if stopped:
-        say(f"\nstopped by {signal.Signals(stopped).name} and saved; the same command goes on from here")
+        say(f"\nstopped by {signal.Signals(stopped).name} and saved; the same command goes on from here"
+            + (", without --overwrite" if overwrite else ""))
         sys.exit(128 + stopped)
     say(f"\ncomplete: {out}/last.pt; make images with: python sample.py --ckpt {out}/last.pt")
 
