@@ -31,8 +31,8 @@ KINDS = ("'shapes', a folder of images (sub-folders are classes), a .zip of imag
 # One picture
 
 def decode(file):
-    """An opened image file -> PIL image, RGB, upright; transparency is laid on white. Raises what Pillow raises, which
-    for a broken file can be nearly anything."""
+    """An opened image file -> PIL image, RGB, upright; transparency is laid on white. For a broken file it raises
+    what Pillow raises, which can be nearly anything."""
     image = ImageOps.exif_transpose(Image.open(file))
     if image.mode.startswith("I"):                                         # 16-bit grey
         image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
@@ -205,7 +205,9 @@ class Arrays:
 
     def read(self, i):
         image = self.images[i]
-        return image if image.shape[0] == image.shape[1] == self.size else center_crop(Image.fromarray(image), self.size)
+        if image.shape[0] == image.shape[1] == self.size:
+            return image
+        return center_crop(Image.fromarray(image), self.size)
 
 
 def read_npz(path, size):
@@ -218,8 +220,8 @@ def read_npz(path, size):
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
         raise ValueError(f"arr_0 in {path} is {images.dtype} {images.shape}, not uint8 (n, height, width, 3)")
     if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min() < 0):
-        raise ValueError(f"arr_1 in {path} is {labels.dtype} {labels.shape}, not one class number 0, 1, ... for each of "
-                         f"the {len(images)} images")
+        raise ValueError(f"arr_1 in {path} is {labels.dtype} {labels.shape}, not one class number 0, 1, ... for each "
+                         f"of the {len(images)} images")
     return Arrays(images, None if labels is None else labels.astype(np.int64), size)
 
 
@@ -259,7 +261,8 @@ def open_dataset(path, size):
     try:
         return reader(path, size)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, KeyError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): it is damaged or incomplete; fetch or make it again") from None
+        raise ValueError(f"{path} cannot be read ({error}): it is damaged or incomplete; fetch or make it "
+                         f"again") from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -326,7 +329,7 @@ def allowed(n):
 
 
 class Unreadable:
-    """Names and counts the images that could not be read. ValueError, with the list, when there are more than allowed."""
+    """Names and counts the images that could not be read. ValueError, with the list, when they are more than allowed."""
 
     def __init__(self, dataset):
         self.found, self.total = {}, len(dataset)
@@ -337,8 +340,8 @@ class Unreadable:
                 self.found[name] = why
                 print(f"skipped {name}: {why}", file=sys.stderr, flush=True)
         if len(self.found) > allowed(self.total):
-            raise ValueError(f"{len(self.found)} of {self.total} images cannot be read, more than 1 %; mend or remove "
-                             f"them: " + ", ".join(self.found))
+            raise ValueError(f"{len(self.found)} of {self.total} images cannot be read, more than 1 %; mend or "
+                             f"remove them: " + ", ".join(self.found))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -109,8 +109,8 @@ class TMSA(nn.Module):
         check_heads(dim, num_heads)
         self.num_heads, self.grid, self.window = num_heads, grid, window or grid
         if grid % self.window:
-            raise ValueError(f"windows of {self.window} x {self.window} tokens do not tile a grid of {grid} x {grid}; "
-                             f"choose a window or an image size so that one divides the other")
+            raise ValueError(f"windows of {self.window} x {self.window} tokens do not tile a grid of {grid} x {grid} "
+                             f"tokens; choose a window or an image size so that one divides the other")
         self.qkv = nn.Linear(dim, 3 * dim)
         self.qkv_temb = nn.Linear(cond_dim or dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -320,7 +320,7 @@ class DiffiTUNet(nn.Module):
         self.t_embedder = TimestepEmbedder(cond_size)
         self.y_embedder = LabelEmbedder(num_classes, cond_size, class_dropout_prob) if num_classes else None
 
-        def stage(level, extra):                                           # the first block also takes `extra` channels
+        def stage(level, extra):                                           # its first block takes `extra` channels too
             grid, width = input_size >> level, channels[level]
             return nn.ModuleList(ResBlock(width + (extra if i == 0 else 0), width, num_heads, mlp_ratio, grid,
                                           cond_size, min(window, grid), dropout) for i in range(blocks[level]))

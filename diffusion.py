@@ -115,8 +115,8 @@ class Diffusion:
         """The network's output -> eps, and the variance's place between beta-tilde (0) and beta (1)."""
         learned = self.variance == "learned"
         if out.shape[1] != (2 * C if learned else C):
-            raise ValueError(f"variance {self.variance!r} needs {2 * C if learned else C} output channels, the network "
-                             f"has {out.shape[1]}; set learn_sigma to {learned}")
+            raise ValueError(f"variance {self.variance!r} needs {2 * C if learned else C} output channels, the "
+                             f"network has {out.shape[1]}; set learn_sigma to {learned}")
         return out[:, :C], (out[:, C:] + 1) / 2 if learned else float(self.variance == "large")
 
     @staticmethod
@@ -282,7 +282,8 @@ def ddpm(process, f, x, levels, noise=None, clip=False):
 
 @torch.no_grad()
 def ddim(process, f, x, levels, eta=0.0, noise=None, clip=False):
-    """DDIM (Song et al. 2021, eq. 12): eta 0 is deterministic (for EDM: Euler's method), 1 has DDPM's small variance."""
+    """DDIM (Song et al. 2021, eq. 12): eta 0 is deterministic (for EDM: Euler's method), 1 has DDPM's small
+    variance."""
     noise = noise or (lambda: torch.randn_like(x))
     for level, a, s, a2, s2 in steps(process, levels):
         x0, eps, _ = process.predict(f, x, level, clip)

@@ -158,9 +158,9 @@ def save_samples(model, cfg, path):
 def recognised(images, labels, seed=0):
     """How many of these shapes a classifier names right. images (n, H, W, 3) uint8, labels (n,) -> the share of them,
     and the classifier's share on real shapes that it has not seen. The classifier is a small CNN trained here, on
-    16,000 shapes of a seed that training does not use."""
+    8,000 shapes of a seed that training does not use."""
     torch.manual_seed(seed)
-    size, real = images.shape[1], 16_000
+    size, real = images.shape[1], 8000
     dataset = data.Shapes(size, real + 1000, seed=1_000_000 + seed)
     x = data.to_float(np.stack([dataset.read(i) for i in range(len(dataset))]))
     y = torch.from_numpy(dataset.labels)
@@ -168,7 +168,8 @@ def recognised(images, labels, seed=0):
     def layer(i, o):
         return nn.Sequential(nn.Conv2d(i, o, 3, stride=2, padding=1), nn.BatchNorm2d(o), nn.ReLU())
 
-    net = nn.Sequential(layer(3, 32), layer(32, 64), layer(64, 128), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+    net = nn.Sequential(layer(3, 32), layer(32, 64), layer(64, 128),
+                        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
     optimizer = torch.optim.Adam(net.parameters())
     batches = [b for _ in range(4) for b in torch.randperm(real).split(128)]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, len(batches))
@@ -236,10 +237,10 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone")
     parser.add_argument("--batch", type=int, default=64, help="images at a time")
     parser.add_argument("--raw", action="store_true", help="the optimizer's weights instead of their moving average")
-    parser.add_argument("--out", metavar="PNG", help="a grid of the first 400 (default samples.png, if no other output is asked for)")
+    parser.add_argument("--out", metavar="PNG", help="a grid of the first 400 (default samples.png, if nothing else is asked)")
     parser.add_argument("--dir", metavar="DIR", help="a folder for one PNG each")
-    parser.add_argument("--npz", metavar="FILE", help="as ADM's evaluator reads it: arr_0 uint8 (n, H, W, 3), arr_1 labels")
-    parser.add_argument("--score", choices=["shapes"], help="have a classifier, trained on the spot, name the shapes made")
+    parser.add_argument("--npz", metavar="FILE", help="all, as ADM's evaluator reads them: arr_0 uint8 NHWC, arr_1 labels")
+    parser.add_argument("--score", choices=["shapes"], help="let a classifier, trained on the spot, name the shapes made")
     parser.add_config(SAMPLING)
     args = parser.parse_args()
     try:
@@ -263,7 +264,8 @@ def run(args):
     if cfg.in_channels != 3:
         raise ValueError(f"{args.ckpt} makes latents of {cfg.in_channels} channels, which are no pictures")
     if args.score and cfg.num_classes != 10:
-        raise ValueError(f"--score shapes needs a network with the ten classes of shapes; {args.ckpt} has {cfg.num_classes}")
+        raise ValueError(f"--score shapes needs a network with the ten classes of shapes; {args.ckpt} has "
+                         f"{cfg.num_classes}")
     classes = parse_classes(args.classes, cfg) if args.classes else None
 
     images, labels, start = [], [], time.time()
@@ -290,9 +292,9 @@ def run(args):
         print(f"wrote {path}")
     if args.score:
         share, real = recognised(images, labels)
-        print(f"{100 * share:.1f} % of {args.n} samples named right by a classifier that names {100 * real:.1f} % of real "
-              f"shapes right; {'raw' if args.raw else 'EMA'} weights of {args.ckpt}, {cfg.sampler}, {cfg.steps} steps, "
-              f"guidance {cfg.cfg:g}, seed {args.seed}")
+        print(f"{100 * share:.1f} % of {args.n} samples named right by a classifier that names {100 * real:.1f} % of "
+              f"real shapes right; {'raw' if args.raw else 'EMA'} weights of {args.ckpt}, {cfg.sampler}, "
+              f"{cfg.steps} steps, guidance {cfg.cfg:g}, seed {args.seed}")
 
 
 if __name__ == "__main__":

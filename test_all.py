@@ -825,7 +825,8 @@ def test_a_zipped_folder_and_links_keep_their_classes():
     with folder() as root:
         pictures(root / "all/pics", broken=False)
         os.symlink(root / "all/pics/cats", root / "all/pics/lynxes")
-        for source in (root / "all", zipped(root / "all/pics", root / "flat.zip"), zipped(root / "all", root / "deep.zip")):
+        flat, deep = zipped(root / "all/pics", root / "flat.zip"), zipped(root / "all", root / "deep.zip")
+        for source in (root / "all", flat, deep):
             found = data.open_dataset(source, 32)
             links = source.is_dir()                                        # a zip made here follows no links
             assert found.class_names == ["cats", "dogs", "lynxes"][:2 + links], (source, found.class_names)

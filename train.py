@@ -28,7 +28,7 @@ from configs import SOURCES, Parser, config_from
 # Moving average of the weights
 
 class EMA:
-    """A copy of the network whose weights follow the trained ones: ema = beta ema + (1 - beta) weights after each step.
+    """A copy of the network whose weights follow the trained ones, ema = beta ema + (1 - beta) weights after each step.
     beta is given, or follows from a half-life in images, which at the start is at most `rampup` of the images seen
     (Karras et al. 2022, App. F.2: early weights are forgotten soon)."""
 
@@ -66,7 +66,7 @@ def save_checkpoint(path, cfg, step, model, ema, optimizer, progress):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:                               # torch.save makes a RuntimeError of a full disk
+    except (OSError, RuntimeError) as error:                               # torch.save's answer to a full disk
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written ({data.reason(error)}); what was there before is whole") from None
 
@@ -129,7 +129,7 @@ def write_text(path, text):
 # What one sees: a line, a log, a curve
 
 class Progress:
-    """Means over each tick, shown as one live line on a terminal and elsewhere as a line per tick, and kept in log.jsonl.
+    """Means over each tick, shown as one live line on a terminal, elsewhere as a line per tick, and kept in log.jsonl.
     The sums stay on the device, and go into the checkpoint: a resumed run logs what an unbroken one would."""
 
     def __init__(self, cfg, out, device, dataset):
@@ -170,8 +170,9 @@ class Progress:
         means = {name: float(total) / max(self.steps, 1) for name, total in self.sums.items()}
         busy = max(self.busy, 1e-9)
         entry = {"step": step, "kimg": step * self.cfg.batch_size / 1000, **means, "lr": lr, "skipped": self.skipped,
-                 "unreadable": len(self.unreadable.found), "images_per_s": round(self.timed * self.cfg.batch_size / busy, 1),
-                 "data_wait": round(self.waited / busy, 4), "memory_gb": round(memory(self.device), 3)}
+                 "unreadable": len(self.unreadable.found), "data_wait": round(self.waited / busy, 4),
+                 "images_per_s": round(self.timed * self.cfg.batch_size / busy, 1),
+                 "memory_gb": round(memory(self.device), 3)}
         left = (self.total - step) * (self.shown - self.began) / max(step - self.first, 1)
         text = (f"kimg {entry['kimg']:.1f}  loss {means.get('loss', math.nan):.4f}  lr {lr:.2e}  "
                 f"grad {means.get('grad_norm', math.nan):.3f}  {entry['images_per_s']:.0f} images/s  "
@@ -307,8 +308,8 @@ def train(cfg, dataset, out, weights=None, device=None):
         optimizer.zero_grad(set_to_none=True)
         progress.time(time.time() - began, waited)
         if in_a_row == 10:
-            raise ValueError(f"the gradients of 10 steps in a row, up to step {step} ({images / 1000:g} kimg), were not "
-                             f"finite; lower --lr, or go on from the last good checkpoint in {out}")
+            raise ValueError(f"the gradients of 10 steps in a row, up to step {step} ({images / 1000:g} kimg), were "
+                             f"not finite; lower --lr, or go on from the last good checkpoint in {out}")
 
         done, last = step + 1, step + 1 == progress.total
         passed = lambda kimg: last or done * cfg.batch_size // (1000 * kimg) > images // (1000 * kimg)
@@ -346,7 +347,8 @@ def open_data(cfg):
     if not cfg.data:
         raise ValueError(f"this preset has no data of its own; pass --data: {data.KINDS}")
     if cfg.in_channels != 3:
-        raise ValueError(f"--data {cfg.data}: pictures have 3 channels, and this network takes {cfg.in_channels} (latents)")
+        raise ValueError(f"--data {cfg.data}: pictures have 3 channels, and this network takes {cfg.in_channels} "
+                         f"(latents)")
     dataset = data.open_dataset(cfg.data, cfg.input_size)
     if cfg.num_classes and dataset.labels is None:
         raise ValueError(f"{cfg.data} has no labels, and this network has {cfg.num_classes} classes; sort the images "
@@ -364,8 +366,8 @@ def describe(name, cfg, network, dataset, device):
     say(f"{name} ({SOURCES[name][0]}): {cfg.model} of {size / 1e6:.2f}M parameters, {len(dataset)} images from "
         f"{cfg.data}, {cfg.kimg:g} kimg, {device.type} in {'bf16' if bf16 else 'fp32'}")
     if device.type == "cpu" and not bf16:
-        say("this CPU has no fast bf16 (AMX), so everything runs in fp32: expect a few times the time that a CPU with "
-            "AMX takes; the time left is shown below")
+        say("this CPU has no fast bf16 (AMX), so everything runs in fp32: expect a few times the time that a CPU "
+            "with AMX takes; the time left is shown below")
 
 
 def main():
