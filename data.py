@@ -329,7 +329,7 @@ def allowed(n):
 
 
 class Unreadable:
-    """Names and counts the images that could not be read. ValueError, with the list, when they are more than allowed."""
+    """Names and counts the images that could not be read. ValueError, with the list, past what is allowed."""
 
     def __init__(self, dataset):
         self.found, self.total = {}, len(dataset)

@@ -1006,7 +1006,7 @@ def test_flags_and_presets():
                          ({"steps": 2000, "process": "ddpm"}, ["2000", "1000"]),
                          ({"cfg_interval": (1,)}, ["LOW,HIGH"]), ({"cfg_interval": (5, 1)}, ["LOW,HIGH"]),
              ({"eta": 0.5}, ["--eta", "ddim"]), ({"sampler": "ddim", "eta": 2.0}, ["--eta 2.0"]),
-             ({"sigma_min": 90.0}, ["--sigma-min"]), ({"class_dropout_prob": 0.0}, ["--class-dropout-prob"]),
+             ({"save_kimg": 0.5}, ["--save-kimg 0.5"]), ({"sigma_min": 90.0}, ["--sigma-min"]), ({"class_dropout_prob": 0.0}, ["--class-dropout-prob"]),
              ({"model": "unet", "channels": (8.5,), "blocks": (1,)}, ["whole numbers"]),
                          ({"beta2": 1.0}, ["--beta2"])]:
         refused(lambda: configs.config_from("shapes", given), *words)
@@ -1058,18 +1058,18 @@ def test_learning_rate():
 
 def test_training_lowers_the_loss_and_writes_its_files():
     with folder() as root:
-        code, said = command(train, *TINY, "--out", root / "run", "--kimg", 0.8, "--sample-kimg", 0.4,
-                             "--save-kimg", 0.4)
+        code, said = command(train, *TINY, "--out", root / "run", "--kimg", 1.2, "--sample-kimg", 1,
+                             "--save-kimg", 1)
         assert code == 0 and "complete" in said, said
         log = [json.loads(line) for line in (root / "run/log.jsonl").read_text().splitlines()]
-        assert log[-1]["loss"] < 0.8 * log[0]["loss"] and log[-1]["step"] == 100, (log[0], log[-1])
+        assert log[-1]["loss"] < 0.8 * log[0]["loss"] and log[-1]["step"] == 150, (log[0], log[-1])
         assert {"kimg", "lr", "grad_norm", "mse", "images_per_s", "skipped", "unreadable",
                 "memory_gb"} <= log[0].keys()
         names = {p.name for p in (root / "run").iterdir()}
-        assert {"config.json", "log.jsonl", "loss.png", "last.pt", "0000.4.pt", "0000.8.pt",
-                "samples-0000.4.png", "samples-0000.8.png"} == names, names
+        assert {"config.json", "log.jsonl", "loss.png", "last.pt", "000001.pt",
+                "samples-000001.png"} == names, names
         assert Image.open(root / "run/loss.png").size == (720, 400)
-        code, said = command(train, *TINY, "--out", root / "run", "--kimg", 0.8)
+        code, said = command(train, *TINY, "--out", root / "run", "--kimg", 1.2)
         assert code == 0 and "complete" in said
 
 

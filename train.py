@@ -314,7 +314,7 @@ def train(cfg, dataset, out, weights=None, device=None):
         done, last = step + 1, step + 1 == progress.total
         passed = lambda kimg: last or done * cfg.batch_size // (1000 * kimg) > images // (1000 * kimg)
         progress.show(done, lr, passed(cfg.tick_kimg))
-        name = f"{done * cfg.batch_size / 1000:06g}"                       # in kimg
+        name = f"{done * cfg.batch_size // 1000:06}"                       # in kimg
         if passed(cfg.save_kimg) or passed(cfg.sample_kimg) or stop.signal:
             save_checkpoint(out / "last.pt", cfg, done, model, ema, optimizer, progress)
         if passed(cfg.save_kimg):
