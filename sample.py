@@ -192,7 +192,9 @@ def recognised(images, labels, seed=0):
 # python sample.py
 
 GRID = 400                            # images that a grid shows at the most
-SAMPLING = ["sampler", "steps", "eta", "clip", "cfg", "cfg_schedule", "cfg_channels", "cfg_interval", "precision"]
+# The fields of Config that a sampler goes by, and that may differ from those of training.
+SAMPLING = ["sampler", "steps", "eta", "clip", "sigma_min", "sigma_max", "rho",
+            "cfg", "cfg_schedule", "cfg_channels", "cfg_interval", "precision"]
 
 
 def parse_classes(text, cfg):

@@ -999,7 +999,7 @@ def test_flags_and_presets():
                          ({"lr": -1.0}, ["--lr -1.0"]),
                          ({"sampler": "dpmp"}, ["dpmp", "did you mean dpmpp"]),
                          ({"batch_size": 64, "micro_batch": 7}, ["7", "64"]),
-                         ({"num_classes": 0}, ["--cfg 2.5", "classes"]),
+                         ({"num_classes": 0}, ["--cfg 3", "classes"]),
                          ({"learn_sigma": True}, ["--learn-sigma", "ddpm"]),
                          ({"kimg": 0.0}, ["--kimg"]),
                          ({"dropout": 0.5}, ["--dropout"]),

@@ -84,8 +84,7 @@ def load_checkpoint(path, cfg, model, ema, optimizer, progress):
 
 
 # A run may change its length, its machine, how it is watched and how its samples are made; nothing else.
-MAY_CHANGE = {"kimg", "micro_batch", "precision", "compile", "workers", "tick_kimg", "sample_kimg", "save_kimg",
-              "sampler", "steps", "eta", "clip", "cfg", "cfg_schedule", "cfg_channels", "cfg_interval"}
+MAY_CHANGE = {"kimg", "micro_batch", "compile", "workers", "tick_kimg", "sample_kimg", "save_kimg", *sample.SAMPLING}
 
 
 def refuse_another_run(theirs, cfg, path):
