@@ -378,6 +378,12 @@ def save_image(image, path):
     os.replace(temporary, path)
 
 
+def live_line(text):
+    """Progress on a terminal, over the line that stands there; elsewhere nothing."""
+    if sys.stderr.isatty():
+        print(f"\r{text}", end="", file=sys.stderr, flush=True)
+
+
 # ---------------------------------------------------------------------------------------------
 # python data.py prepare SRC DEST.zip --size 64
 
@@ -403,14 +409,15 @@ def prepare(source, dest, size, workers=2):
                     name = f"{len(labels) // 1000:05d}/img{len(labels):08d}.png"
                     out.writestr(name, png)
                     labels.append([name, label])
-                print(f"\r{len(labels)} of {len(dataset)} images", end="", file=sys.stderr, flush=True)
+                live_line(f"{len(labels)} of {len(dataset)} images")
             known = labels if dataset.labels is not None else None
             out.writestr("dataset.json", json.dumps({"labels": known}))
         os.replace(temporary, dest)
     finally:
         temporary.unlink(missing_ok=True)
     classes = 0 if dataset.labels is None else int(dataset.labels.max()) + 1
-    print(f"\n{dest}: {len(labels)} images of {size} x {size}, {classes} classes, "
+    live_line("\n")
+    print(f"{dest}: {len(labels)} images of {size} x {size}, {classes} classes, "
           f"{len(unreadable.found)} unreadable images left out", file=sys.stderr)
 
 

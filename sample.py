@@ -239,10 +239,10 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone")
     parser.add_argument("--batch", type=int, default=64, help="images at a time")
     parser.add_argument("--raw", action="store_true", help="the optimizer's weights instead of their moving average")
-    parser.add_argument("--out", metavar="PNG", help="a grid of the first 400 (default samples.png, if nothing else is asked)")
+    parser.add_argument("--out", metavar="PNG", help="a grid of the first 400 (default samples.png)")
     parser.add_argument("--dir", metavar="DIR", help="a folder for one PNG each")
-    parser.add_argument("--npz", metavar="FILE", help="all, as ADM's evaluator reads them: arr_0 uint8 NHWC, arr_1 labels")
-    parser.add_argument("--score", choices=["shapes"], help="let a classifier, trained on the spot, name the shapes made")
+    parser.add_argument("--npz", metavar="FILE", help="as ADM's evaluator reads it: arr_0 uint8 NHWC, arr_1 labels")
+    parser.add_argument("--score", choices=["shapes"], help="let a classifier, trained on the spot, name them")
     parser.add_config(SAMPLING)
     args = parser.parse_args()
     try:
@@ -279,9 +279,8 @@ def run(args):
             for i, image in enumerate(images[-1], start=sum(map(len, images[:-1]))):
                 data.save_image(Image.fromarray(image), f"{args.dir}/{i:06d}.png")
         done = sum(map(len, images))
-        rate = done / (time.time() - start)
-        print(f"\r{done} of {args.n} images, {rate:.1f} images/s", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+        data.live_line(f"{done} of {args.n} images, {done / (time.time() - start):.1f} images/s")
+    data.live_line("\n")
     images = np.concatenate(images)
 
     if args.npz:

@@ -1006,7 +1006,8 @@ def test_flags_and_presets():
                          ({"steps": 2000, "process": "ddpm"}, ["2000", "1000"]),
                          ({"cfg_interval": (1,)}, ["LOW,HIGH"]), ({"cfg_interval": (5, 1)}, ["LOW,HIGH"]),
              ({"eta": 0.5}, ["--eta", "ddim"]), ({"sampler": "ddim", "eta": 2.0}, ["--eta 2.0"]),
-             ({"save_kimg": 0.5}, ["--save-kimg 0.5"]), ({"sigma_min": 90.0}, ["--sigma-min"]), ({"class_dropout_prob": 0.0}, ["--class-dropout-prob"]),
+             ({"save_kimg": 0.5}, ["--save-kimg 0.5"]),
+             ({"sigma_min": 90.0}, ["--sigma-min"]), ({"class_dropout_prob": 0.0}, ["--class-dropout-prob"]),
              ({"model": "unet", "channels": (8.5,), "blocks": (1,)}, ["whole numbers"]),
                          ({"beta2": 1.0}, ["--beta2"])]:
         refused(lambda: configs.config_from("shapes", given), *words)
