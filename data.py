@@ -7,6 +7,7 @@ archives). `Stream` puts one in the endless order that training reads it in.
 """
 import argparse
 import colorsys
+import contextlib
 import io
 import json
 import math
@@ -371,11 +372,20 @@ def save_grid(images, path, columns=None):
 
 
 def save_image(image, path):
-    """Write a PIL image under a temporary name, then rename."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    image.save(temporary, format=Image.registered_extensions().get(path.suffix.lower(), "PNG"))
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        image.save(temporary, format=Image.registered_extensions().get(Path(path).suffix.lower(), "PNG"))
+
+
+@contextlib.contextmanager
+def written_whole(path):
+    """A temporary name beside path to write to. It is renamed to path at the end, and removed if anything fails:
+    path holds all of the new content, or what it held before."""
+    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def live_line(text):
@@ -398,23 +408,20 @@ def prepare(source, dest, size, workers=2):
     if not dest.parent.is_dir():
         raise ValueError(f"the folder {dest.parent} for {dest.name} does not exist; make it first")
     dataset = open_dataset(source, size)
-    labels, unreadable, temporary = [], Unreadable(dataset), dest.with_name(f".{dest.name}.tmp")
+    labels, unreadable = [], Unreadable(dataset)
     batches = (range(i, min(i + 64, len(dataset))) for i in range(0, len(dataset), 64))
-    try:
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as out:
-            for files, bad in torch.utils.data.DataLoader(Packer(dataset), batch_sampler=batches, num_workers=workers,
-                                                          collate_fn=Packer.collate):
-                unreadable.add(bad)
-                for png, label in files:
-                    name = f"{len(labels) // 1000:05d}/img{len(labels):08d}.png"
-                    out.writestr(name, png)
-                    labels.append([name, label])
-                live_line(f"{len(labels)} of {len(dataset)} images")
-            known = labels if dataset.labels is not None else None
-            out.writestr("dataset.json", json.dumps({"labels": known}))
-        os.replace(temporary, dest)
-    finally:
-        temporary.unlink(missing_ok=True)
+    packed = torch.utils.data.DataLoader(Packer(dataset), batch_sampler=batches, num_workers=workers,
+                                         collate_fn=Packer.collate)
+    with written_whole(dest) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as out:
+        for files, bad in packed:
+            unreadable.add(bad)
+            for png, label in files:
+                name = f"{len(labels) // 1000:05d}/img{len(labels):08d}.png"
+                out.writestr(name, png)
+                labels.append([name, label])
+            live_line(f"{len(labels)} of {len(dataset)} images")
+        known = labels if dataset.labels is not None else None
+        out.writestr("dataset.json", json.dumps({"labels": known}))
     classes = 0 if dataset.labels is None else int(dataset.labels.max()) + 1
     live_line("\n")
     print(f"{dest}: {len(labels)} images of {size} x {size}, {classes} classes, "

@@ -270,23 +270,23 @@ def run(args):
                          f"{cfg.num_classes}")
     classes = parse_classes(args.classes, cfg) if args.classes else None
 
-    images, labels, start = [], [], time.time()
+    if args.dir:
+        Path(args.dir).mkdir(exist_ok=True)
+    images, labels, done, start = [], [], 0, time.time()
     for x, y in generate(model, cfg, range(args.n), classes, args.seed, args.batch):
         images.append(data.to_uint8(x))
         labels += [] if y is None else y.tolist()
         if args.dir:
-            Path(args.dir).mkdir(exist_ok=True)
-            for i, image in enumerate(images[-1], start=sum(map(len, images[:-1]))):
+            for i, image in enumerate(images[-1], start=done):
                 data.save_image(Image.fromarray(image), f"{args.dir}/{i:06d}.png")
-        done = sum(map(len, images))
+        done += len(x)
         data.live_line(f"{done} of {args.n} images, {done / (time.time() - start):.1f} images/s")
     data.live_line("\n")
     images = np.concatenate(images)
 
     if args.npz:
-        temporary = f"{args.npz}.tmp.npz"
-        np.savez(temporary, images, **({"arr_1": np.array(labels)} if labels else {}))
-        os.replace(temporary, args.npz)
+        with data.written_whole(args.npz) as temporary, open(temporary, "wb") as file:
+            np.savez(file, images, **({"arr_1": np.array(labels)} if labels else {}))
     if args.out:
         data.save_grid(images[:GRID], args.out, grid_columns(cfg, classes))
     for path in filter(None, (args.out, args.dir, args.npz)):

@@ -56,18 +56,14 @@ class EMA:
 def save_checkpoint(path, cfg, step, model, ema, optimizer, progress):
     """All that a run needs to go on, and `sample.py` to sample: tensors and plain values only. Written under another
     name, flushed to disk, then renamed: whatever happens, `path` holds one whole checkpoint, the new or the old."""
-    path = Path(path)
     state = {"format": sample.FORMAT, "config": dataclasses.asdict(cfg), "step": step, "model": model.state_dict(),
              "ema": ema.model.state_dict(), "optimizer": optimizer.state_dict(), "progress": progress.state()}
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with data.written_whole(path) as temporary, open(temporary, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:                               # torch.save's answer to a full disk
-        temporary.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written ({data.reason(error)}); what was there before is whole") from None
 
 
@@ -118,10 +114,8 @@ def open_folder(out, cfg, overwrite):
 
 
 def write_text(path, text):
-    """Write a file under a temporary name, then rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with data.written_whole(path) as temporary:
+        temporary.write_text(text)
 
 
 # ---------------------------------------------------------------------------------------------
