@@ -106,7 +106,7 @@ class Shapes:
     def read(self, i):
         rng = np.random.default_rng([self.seed, i])
         radius, tilt, hue, saturation, value, right, down = rng.uniform(
-            [0.32, -0.2, 0, 0.75, 0.85, 0, 0], [0.44, 0.2, 1, 1, 1, 1, 1])
+            [0.36, -0.2, 0, 0.75, 0.85, 0, 0], [0.45, 0.2, 1, 1, 1, 1, 1])
         ground = rng.uniform(0.2, 0.32, 3)
         turn = np.array([[math.cos(tilt), math.sin(tilt)], [-math.sin(tilt), math.cos(tilt)]])
         centre = radius + 0.02 + (0.96 - 2 * radius) * np.array([right, down])

@@ -131,7 +131,7 @@ class TMSA(nn.Module):
         qkv = self.qkv(x) + self.qkv_temb(c)[:, None]                      # one time vector an image, broadcast
         qkv = qkv.view(B, n, w, n, w, 3, self.num_heads, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)
         q, k, v = qkv.reshape(3, B * n * n, self.num_heads, w * w, -1)     # each (B n^2, h, w^2, D/h)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias().to(q.dtype))
+        x = attend(q, k, v, self.bias().to(q.dtype))
         x = x.view(B, n, n, self.num_heads, w, w, -1).permute(0, 1, 4, 2, 5, 3, 6)
         return self.proj(x.reshape(B, N, D))
 
@@ -139,6 +139,16 @@ class TMSA(nn.Module):
         # The released files store the integer index that bias() does without.
         state.pop(prefix + "relative_position_index", None)
         super()._load_from_state_dict(state, prefix, *args)
+
+
+def attend(q, k, v, bias):
+    """softmax(q k^T / sqrt(d) + bias) v: q, k, v (B, h, N, d), bias (h, N, N) -> (B, h, N, d)."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    # On CPUs two plain products are faster, in training (no fused kernel has a gradient for the bias) and without.
+    B, h, N, d = q.shape
+    scores = torch.baddbmm(bias.repeat(B, 1, 1), q.flatten(0, 1), k.flatten(0, 1).mT, alpha=d ** -0.5)
+    return (scores.softmax(-1) @ v.flatten(0, 1)).view(B, h, N, d)
 
 
 def check_heads(dim, num_heads):
@@ -255,7 +265,7 @@ class Transformer(nn.Module):
     Block = Head = None
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
-                 mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1, learn_sigma=True):
+                 mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1, learn_sigma=True, embed_gain=1.0):
         super().__init__()
         if input_size % patch_size:
             raise ValueError(f"patches of {patch_size} do not tile an input of {input_size} x {input_size}; "
@@ -268,11 +278,13 @@ class Transformer(nn.Module):
         self.register_buffer("pos_embed", sincos_2d(hidden_size, self.grid))
         self.blocks = nn.ModuleList(self.Block(hidden_size, num_heads, mlp_ratio, self.grid) for _ in range(depth))
         self.final_layer = self.Head(hidden_size, patch_size ** 2 * self.out_channels)
-        self.init_weights()
+        self.init_weights(embed_gain)
 
-    def init_weights(self):
+    def init_weights(self, embed_gain):
         init_common(self)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))    # a linear map in a convolution's clothes
+        # A linear map in a convolution's clothes. With a gain, tokens begin large beside what the blocks add to them.
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1), embed_gain)
+        self.pos_embed *= embed_gain
         for head in (m for m in self.modules() if isinstance(m, (DiTBlock, DiTHead))):
             nn.init.zeros_(head.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
@@ -395,4 +407,5 @@ def build(cfg):
         return DiffiTUNet(**shared, channels=cfg.channels, blocks=cfg.blocks, window=cfg.window,
                           cond_size=cfg.cond_size, dropout=cfg.dropout)
     network = {"diffit": DiffiT, "dit": DiT}[cfg.model]
-    return network(**shared, patch_size=cfg.patch_size, hidden_size=cfg.hidden_size, depth=cfg.depth)
+    return network(**shared, patch_size=cfg.patch_size, hidden_size=cfg.hidden_size, depth=cfg.depth,
+                   embed_gain=cfg.embed_gain)

@@ -314,6 +314,11 @@ def test_tmsa_gradients_equal_the_naive_form():
         close(a, b, 1e-11, name)
 
 
+def test_attend_equals_scaled_dot_product_attention():
+    (q, k, v), bias = torch.randn(3, 2, 4, 9, 5), torch.randn(4, 9, 9)
+    close(diffit.attend(q, k, v, bias), F.scaled_dot_product_attention(q, k, v, attn_mask=bias), 1e-6)
+
+
 def test_plain_attention_equals_the_naive_form():
     torch.manual_seed(0)
     layer, x = diffit.Attention(12, 3).double(), torch.randn(2, 9, 12).double()
@@ -390,6 +395,15 @@ def test_resblock_is_equations_9_and_10():
     tokens = tokens + block.block.mlp(F.layer_norm(tokens, (12,), eps=1e-6))
     close(block(x, c),
           tokens.transpose(1, 2).view(2, 12, 4, 4) + F.conv2d(x, block.skip.weight, block.skip.bias), 1e-12)
+
+
+def test_embed_gain_scales_patches_and_positions_alone():
+    def weights(gain):
+        torch.manual_seed(0)
+        return diffit.DiffiT(**SMALL, embed_gain=gain).state_dict()
+    plain, large = weights(1.0), weights(4.0)
+    for name in plain:
+        close(large[name], plain[name] * (4 if name in ("x_embedder.proj.weight", "pos_embed") else 1), 1e-6, name)
 
 
 def test_gradients_reach_every_parameter():
