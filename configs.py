@@ -53,7 +53,8 @@ class Config:
     dropout: float = only("unet", 0.0)
     # Process
     process: str = one_of("ddpm", "ddpm", "edm")
-    timesteps: int = only("ddpm", 1000)             # T
+    diffusion_steps: int = only("ddpm", 1000)       # T
+    timesteps: str = only("ddpm", "uniform", "uniform", "loss-aware")  # how training draws them
     schedule: str = only("ddpm", "linear", "linear", "cosine")
     fixed_variance: str = only("ddpm", "small", "small", "large")  # used without learn_sigma
     sigma_data: float = only("edm", 0.5)            # standard deviation of the data
@@ -86,13 +87,15 @@ class Config:
     ema_rampup: float = 0.05          # half-life at most this share of the images seen; 0: no ramp
     seed: int = 0
     # Machine
-    precision: str = one_of("auto", "auto", "bf16", "fp32")   # auto: bf16 where the hardware is fast at it
+    precision: str = one_of("auto", "auto", "bf16", "fp16", "tf32", "fp32")  # auto: bf16 where the hardware is fast at it
     compile: bool = False             # torch.compile each block
+    checkpoint_blocks: bool = False   # keep only what enters each block, and compute the rest again in backward
     workers: int = 2                  # processes that read data
     # Output
     tick_kimg: float = 10.0           # between log lines
     sample_kimg: float = 1000.0       # between sample grids
     save_kimg: float = 1000.0         # between checkpoints that stay; last.pt is written at these and at the grids
+    keep: int = 0                     # how many of them stay, the newest; 0: all
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -106,15 +109,15 @@ class Config:
                 raise ValueError(f"{flag} {value} is out of range; it must be 0 or more")
         sizes = ["channels", "blocks", "window", "cond_size"] if self.model == "unet" else ["patch_size", "hidden_size", "depth"]
         for name in sizes + ["input_size", "in_channels", "num_heads", "mlp_ratio", "steps", "kimg", "batch_size", "lr", "tick_kimg",
-                             "sample_kimg", "save_kimg", "timesteps", "sigma_data", "sigma_min", "sigma_max", "rho", "p_std"]:
+                             "sample_kimg", "save_kimg", "diffusion_steps", "sigma_data", "sigma_min", "sigma_max", "rho", "p_std"]:
             if not getattr(self, name) or (isinstance(getattr(self, name), tuple) and min(getattr(self, name)) < 1):
                 raise ValueError(f"{flag_of(name)} {getattr(self, name)} must be above 0 for {self.model} with {self.process}")
         if not all(isinstance(n, int) for n in self.channels + self.blocks):
             raise ValueError(f"--channels {self.channels} and --blocks {self.blocks} must be whole numbers")
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"--sigma-min {self.sigma_min} must be below --sigma-max {self.sigma_max}")
-        if self.timesteps < 2:
-            raise ValueError(f"--timesteps {self.timesteps} must be 2 or more")
+        if self.diffusion_steps < 2:
+            raise ValueError(f"--diffusion-steps {self.diffusion_steps} must be 2 or more")
         if self.eta > 1 or (self.eta and self.sampler != "ddim"):
             raise ValueError(f"--eta {self.eta} is a number from 0 to 1 for --sampler ddim, and this is {self.sampler}")
         if min(self.sample_kimg, self.save_kimg) < 1:
@@ -135,8 +138,8 @@ class Config:
             raise ValueError("--cfg-schedule power-cosine needs --process ddpm: it is a function of the timestep")
         if self.cfg_interval and not (len(self.cfg_interval) == 2 and self.cfg_interval[0] < self.cfg_interval[1]):
             raise ValueError(f"--cfg-interval {self.cfg_interval} must be two numbers, LOW,HIGH, the smaller one first")
-        if self.process == "ddpm" and self.steps > self.timesteps:
-            raise ValueError(f"--steps {self.steps} is more than the process has: choose from 1 to {self.timesteps}")
+        if self.process == "ddpm" and self.steps > self.diffusion_steps:
+            raise ValueError(f"--steps {self.steps} is more than the process has: choose from 1 to {self.diffusion_steps}")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -307,15 +307,18 @@ def collate(items):
     return torch.stack(images), torch.tensor(labels), sum(unreadable, [])
 
 
-def ignore_interrupts(_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                           # Ctrl-C is the main process's to handle
+def outlive_the_signal(_):
+    """In a worker: Ctrl-C, and the SIGTERM that a cluster sends to every process, are the main process's to handle, which
+    needs this worker until its step is done. A second SIGTERM ends it, as torch may wish to."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def loader(dataset, batches, workers, pin_memory=False):
     """A DataLoader over `batches`, an iterable of lists of places -> images (b, 3, H, W) uint8, labels (b,),
     unreadable."""
     return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
-                                       worker_init_fn=ignore_interrupts, pin_memory=pin_memory,
+                                       worker_init_fn=outlive_the_signal, pin_memory=pin_memory,
                                        prefetch_factor=4 if workers else None)
 
 

@@ -1,9 +1,10 @@
 """The processes that add noise, what is learned of them, and the samplers that take noise away again.
 
 A process is `Diffusion` (DDPM: integer timesteps 0..T-1) or `EDM` (a continuous noise level sigma).
-At each level an image is x = a x0 + s eps, and everything below needs only four things of a process:
+At each level an image is x = a x0 + s eps, and everything below needs only these things of a process:
 
     draw(B)              random levels for a training batch
+    quarter(t)           in which quarter of those each lies, to watch the loss by noise
     loss(f, x0, t)       what training minimises, for each image
     levels(n)            n levels from noise to clean, for a sampler
     predict(f, x, level) the clean image and the noise that the network sees in x
@@ -54,6 +55,10 @@ class Diffusion:
     def draw(self, B, device="cpu"):
         """Timesteps (B,), uniform."""
         return torch.randint(self.T, (B,), device=device)
+
+    def quarter(self, t):
+        """t (B,) -> 0 (the least noise) to 3 (the most), equally many of each in training."""
+        return t * 4 // self.T
 
     def loss(self, f, x0, t, noise=None):
         """x0 (B, C, H, W), t (B,) -> {"loss", "mse", "vlb"}, each (B,). loss = mse of eps + VLB, in bits per
@@ -170,6 +175,11 @@ class EDM:
     def draw(self, B, device="cpu"):
         """Noise levels sigma (B,), log-normal."""
         return (self.p_mean + self.p_std * torch.randn(B, device=device)).exp()
+
+    def quarter(self, sigma):
+        """sigma (B,) -> 0 (the least noise) to 3 (the most), equally many of each in training."""
+        share = torch.special.ndtr((sigma.log() - self.p_mean) / self.p_std)
+        return (share * 4).long().clamp(max=3)
 
     def loss(self, f, x0, sigma, noise=None):
         """x0 (B, C, H, W), sigma (B,) -> {"loss", "mse"}, each (B,): the squared error of D, weighted by
@@ -335,7 +345,7 @@ class LossAwareTimesteps:
 
     def __init__(self, T, uniform_prob=0.1, history=10):
         self.T, self.uniform_prob = T, uniform_prob
-        self.losses = torch.zeros(T, history, dtype=torch.float64)        # the newest last
+        self.losses = torch.zeros(T, history, dtype=torch.float64)        # a ring for each timestep
         self.counts = torch.zeros(T, dtype=torch.int64)
 
     def probabilities(self):
@@ -353,13 +363,21 @@ class LossAwareTimesteps:
 
     def update(self, t, losses):
         """Remember the unweighted losses (B,) of timesteps t (B,); all processes must be given all of them."""
-        for i, loss in zip(t.tolist(), losses.double().tolist()):
-            self.losses[i] = torch.cat([self.losses[i, 1:], self.losses.new_tensor([loss])])
-            self.counts[i] += 1
+        ring, counts = self.losses.numpy(), self.counts.numpy()            # the same memory, quicker one by one
+        for i, loss in zip(t.tolist(), losses.tolist()):
+            ring[i, counts[i] % ring.shape[1]] = loss
+            counts[i] += 1
+
+    def state_dict(self):
+        return {"losses": self.losses, "counts": self.counts}
+
+    def load_state_dict(self, state):
+        self.losses.copy_(state["losses"])
+        self.counts.copy_(state["counts"])
 
 
 def build(cfg):
     """The process that a Config describes (the only place in this file that knows of Config)."""
     if cfg.process == "edm":
         return EDM(cfg.sigma_data, cfg.p_mean, cfg.p_std, cfg.sigma_min, cfg.sigma_max, cfg.rho)
-    return Diffusion(cfg.timesteps, cfg.schedule, "learned" if cfg.learn_sigma else cfg.fixed_variance)
+    return Diffusion(cfg.diffusion_steps, cfg.schedule, "learned" if cfg.learn_sigma else cfg.fixed_variance)

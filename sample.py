@@ -4,6 +4,8 @@ Image i follows from (seed, i) alone: its noise, first and last, comes from a ge
 change with the batch size, the number of images or the order in which they are made.
 """
 import dataclasses
+import datetime
+import math
 import os
 import sys
 import time
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
@@ -22,10 +25,73 @@ from configs import Config, Parser
 
 
 # ---------------------------------------------------------------------------------------------
-# The machine
+# The machine: one process, or those that torchrun started
+
+PATIENCE = datetime.timedelta(minutes=10)  # how long a process waits for another before it gives up
+
 
 def default_device():
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """This process's own GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def join_processes():
+    """Under torchrun, meet the other processes: NCCL on GPUs, gloo on CPUs. ValueError if they do not come."""
+    if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+        return
+    device = default_device()
+    try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"rank {os.environ.get('RANK')} of {os.environ['WORLD_SIZE']} could not meet the others at "
+                         f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} "
+                         f"({str(error).splitlines()[0][:200]}); are all of them started?") from None
+
+
+def leave_processes():
+    """Before the end: without this, processes that are still talking complain of those that are gone."""
+    if rank_and_size()[1] > 1:
+        dist.destroy_process_group()
+
+
+def rank_and_size():
+    """This process's number, and how many there are; (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def from_all(x):
+    """x (..., b) of every process, in order of rank -> (..., b * size), on each of them."""
+    size = rank_and_size()[1]
+    if size == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(size)]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts, dim=-1)
+
+
+def objects_from_all(value):
+    """[value of rank 0, of rank 1, ...], on each process."""
+    values = [value] * rank_and_size()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def on_rank_0(act):
+    """Call act in one process while the others wait; what is wrong there (ValueError, OSError) is raised in all."""
+    error = None
+    if rank_and_size()[0] == 0:
+        try:
+            act()
+        except (ValueError, OSError) as caught:
+            error = caught
+    error = objects_from_all(error)[0]
+    if error:
+        raise error
 
 
 def fast_bf16(device):
@@ -35,14 +101,54 @@ def fast_bf16(device):
     return torch.cpu._is_amx_tile_supported()
 
 
-def uses_bf16(precision, device):
-    """What --precision auto, bf16 or fp32 means on this device."""
-    return precision == "bf16" or (precision == "auto" and fast_bf16(device))
+def arithmetic(precision, device):
+    """What --precision means on this device: bf16, fp16, tf32 or fp32."""
+    if precision == "auto":
+        return "bf16" if fast_bf16(device) else "fp32"
+    return precision
 
 
 def autocast(precision, device):
     """The context in which networks run. Parameters, sums and losses stay fp32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bf16(precision, device))
+    kind = arithmetic(precision, device)
+    if device.type == "cuda":                                              # fp32 products of 10 bits, or of all 23
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = kind == "tf32"
+    return torch.autocast(device.type, torch.float16 if kind == "fp16" else torch.bfloat16, kind in ("bf16", "fp16"))
+
+
+def finished(device):
+    """The time at which all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def memory(device):
+    """Peak memory of this process in GB: on the GPU, or in all on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if sys.platform == "win32":
+        return math.nan
+    import resource                                                        # Windows has none
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def speed(images_per_s, multiply_adds, cfg, device, size=1):
+    """In words: images/s, TFLOP/s (two for a multiply-add), their share of what a matrix product reaches in the same
+    arithmetic here and now, and peak memory."""
+    peak_memory, side = memory(device), 8192 if device.type == "cuda" else 2048
+    a = torch.randn(side, side, device=device)
+    with torch.no_grad(), autocast(cfg.precision, device):
+        for _ in range(3):
+            a @ a
+        began = finished(device)
+        for _ in range(10):
+            a @ a
+        peak = 10 * 2 * side ** 3 / (finished(device) - began) * size
+    rate = 2 * multiply_adds * images_per_s
+    return (f"{images_per_s:.1f} images/s, {rate / 1e12:.3g} TFLOP/s, {100 * rate / peak:.0f} % of the "
+            f"{peak / 1e12:.3g} TFLOP/s of a matrix product of {side} in {arithmetic(cfg.precision, device)}"
+            f"{f' on {size} processes' if size > 1 else ''}, {peak_memory:.2f} GB")
 
 
 def seed_from(*numbers):
@@ -118,7 +224,7 @@ def generate(model, cfg, indices, classes=None, seed=0, batch=64):
     device, shape = next(model.parameters()).device, (cfg.in_channels, cfg.input_size, cfg.input_size)
     process = diffusion.build(cfg)
     levels = process.levels(cfg.steps)
-    scale = diffusion.power_cosine(cfg.cfg, cfg.timesteps) if cfg.cfg_schedule == "power-cosine" else cfg.cfg
+    scale = diffusion.power_cosine(cfg.cfg, cfg.diffusion_steps) if cfg.cfg_schedule == "power-cosine" else cfg.cfg
     if cfg.cfg_interval and cfg.cfg != 1:
         scale = diffusion.interval(scale, *cfg.cfg_interval, process)
     for first in range(0, len(indices), batch):
@@ -146,10 +252,13 @@ def grid_columns(cfg, classes=None):
 
 
 def save_samples(model, cfg, path):
-    """The grid that training shows: always the same noise and classes. Four rows of classes, or 36 images."""
-    n = 4 * (grid_columns(cfg) or 9)
-    images = np.concatenate([data.to_uint8(x) for x, _ in generate(model, cfg, range(n))])
-    data.save_grid(images, path, grid_columns(cfg))
+    """The grid that training shows: always the same noise and classes. Four rows of classes, or 36 images, divided
+    over the processes; rank 0 writes it."""
+    n, (rank, size) = 4 * (grid_columns(cfg) or 9), rank_and_size()
+    mine = [data.to_uint8(x) for x, _ in generate(model, cfg, range(rank, n, size))]
+    parts = objects_from_all(np.concatenate(mine) if mine else None)
+    if rank == 0:
+        data.save_grid(np.stack([parts[i % size][i // size] for i in range(n)]), path, grid_columns(cfg))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -9,7 +9,9 @@ import io
 import json
 import math
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -203,6 +205,49 @@ def tiny_run(out, *flags, kimg=0.08):
     code, said = command(train, *TINY, "--out", out, "--kimg", kimg, *flags)
     assert code == 0, said
     return torch.load(Path(out) / "last.pt", weights_only=True)
+
+
+def train_here(cfg, out):
+    """train.train on shapes, in this process, on the CPU; signals are given back afterwards."""
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    out.mkdir(exist_ok=True)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            train.train(cfg, data.Shapes(32), out, device=torch.device("cpu"))
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+            signal.signal(number, handler)
+    return torch.load(out / "last.pt", weights_only=True)
+
+
+def start(*flags, prepare="pass", workers=0, **environment):
+    """python train.py, on a very small network, in a process of its own; `prepare` is code to run first."""
+    argv = ["train.py", *map(str, [*TINY[:-1], workers, *flags])]
+    code = f"import sys; sys.argv = {argv}; {prepare}; import train; train.main()"
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent,
+                            start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+
+
+def in_two_processes(act, *args):
+    """Call act(*args) in two processes that have met; an error in one of them is an error here."""
+    context = torch.multiprocessing.start_processes(
+        one_of_two, (act, free_port(), args), nprocs=2, join=False, start_method="spawn")
+    while not context.join():
+        pass
+
+
+def one_of_two(rank, act, port, args):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    sample.join_processes()
+    act(*args)
+    sample.leave_processes()
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def same(a, b):
@@ -1004,7 +1049,7 @@ def test_every_preset_takes_a_step_and_samples():
 def test_flags_and_presets():
     cfg = configs.config_from(
         "dit-s-2", {"lr": 3e-4, "process": "edm", "learn_sigma": False, "sampler": "heun"})
-    assert (cfg.lr, cfg.process, cfg.hidden_size, cfg.timesteps) == (3e-4, "edm", 384, 1000)
+    assert (cfg.lr, cfg.process, cfg.hidden_size, cfg.diffusion_steps) == (3e-4, "edm", 384, 1000)
     unet = configs.config_from("shapes", {"model": "unet", "channels": (8, 8), "blocks": (1, 1)})
     assert (unet.hidden_size, unet.patch_size, unet.data) == (0, 0, "shapes")
     assert configs.numbers("4,4,0.5") == (4, 4, 0.5) and isinstance(configs.numbers("4")[0], int)
@@ -1081,9 +1126,9 @@ def test_training_lowers_the_loss_and_writes_its_files():
         assert {"kimg", "lr", "grad_norm", "mse", "images_per_s", "skipped", "unreadable",
                 "memory_gb"} <= log[0].keys()
         names = {p.name for p in (root / "run").iterdir()}
-        assert {"config.json", "log.jsonl", "loss.png", "last.pt", "000001.pt",
+        assert {"config.json", "log.jsonl", "loss.png", "last.pt", "previous.pt", "000001.pt",
                 "samples-000001.png"} == names, names
-        assert Image.open(root / "run/loss.png").size == (720, 400)
+        assert Image.open(root / "run/loss.png").size == (1200, 800)
         code, said = command(train, *TINY, "--out", root / "run", "--kimg", 1.2)
         assert code == 0 and "complete" in said
 
@@ -1164,21 +1209,15 @@ def test_non_finite_steps_are_skipped_and_ten_in_a_row_end_the_run():
             return {n: v * (math.nan if bad(count[0]) else 1) for n, v in losses.items()}
         return replacement
     try:
-        with folder() as root, contextlib.redirect_stderr(io.StringIO()):
+        with folder() as root:
             EDM.loss, count[0] = poisoned(lambda k: k in (3, 4, 9)), 0
-            (root / "a").mkdir()
-            train.train(cfg, data.Shapes(32), root / "a", device=torch.device("cpu"))
-            state = torch.load(root / "a/last.pt", weights_only=True)
+            state = train_here(cfg, root / "a")
             assert state["progress"]["skipped"] == 3 and math.isfinite(state["progress"]["log"][-1]["loss"])
             assert all(v.isfinite().all() for v in state["ema"].values())
             EDM.loss, count[0] = poisoned(lambda k: k > 5), 0
-            (root / "b").mkdir()
-            refused(lambda: train.train(cfg, data.Shapes(32), root / "b", device=torch.device("cpu")),
-                    "10 steps in a row", "step 14")
+            refused(lambda: train_here(cfg, root / "b"), "10 steps in a row", "step 14")
     finally:
         EDM.loss = loss
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def test_real_pictures_train_resume_and_sample():
@@ -1270,6 +1309,192 @@ def test_checkpoints_hold_tensors_and_plain_values_and_survive_a_failed_write():
         finally:
             os.fsync = real
         assert (root / "run/last.pt").read_bytes() == before
+
+
+# ---------------------------------------------------------------------------------------------
+# train.py on several processes, and through faults
+
+SMALL_NETWORKS = {
+    "diffit": dict(hidden_size=16, depth=2, num_heads=2),
+    "dit": dict(model="dit", hidden_size=16, depth=2, num_heads=2),
+    "unet": dict(model="unet", channels=(8, 8), blocks=(1, 1), cond_size=16, num_heads=2, dropout=0.1),
+    "loss-aware": dict(hidden_size=16, depth=1, num_heads=2, process="ddpm", learn_sigma=True, diffusion_steps=4,
+                       timesteps="loss-aware", sampler="ddpm")}
+
+
+def train_small_networks(root):
+    """Twenty steps of eight images for each network, in micro-batches of four; on the CPU, in fp32."""
+    for name, fields in SMALL_NETWORKS.items():
+        cfg = configs.config_from("shapes", dict(
+            fields, batch_size=8, micro_batch=4, kimg=0.16, tick_kimg=0.04, steps=3, workers=0, precision="fp32"))
+        train_here(cfg, root / name)
+
+
+def test_two_processes_equal_one():
+    """Two processes of one micro-batch each, and one process of two: weights, EMA, optimizer, timesteps, log and the
+    images made on the way, bit for bit."""
+    threads = torch.get_num_threads()
+    with folder() as one, folder() as two:
+        try:
+            torch.set_num_threads(1)
+            train_small_networks(one)
+        finally:
+            torch.set_num_threads(threads)
+        in_two_processes(train_small_networks, two)
+        for name in SMALL_NETWORKS:
+            a, b = (torch.load(root / name / "last.pt", weights_only=True) for root in (one, two))
+            assert a["step"] == 20 and same(a, b), f"{name}: two processes differ from one"
+            assert ("timesteps" in a) == (name == "loss-aware")
+            images = [np.asarray(Image.open(root / name / "samples-000000.png")) for root in (one, two)]
+            assert abs(np.subtract(*images, dtype=int)).max() <= 1, f"{name}: other images"
+
+
+def average_like_torch():
+    """In each of two processes: gradients from GradientAverager and from DistributedDataParallel, five steps of
+    their own data, in buckets of a few parameters; the second of two micro-batches communicates."""
+    rank = sample.rank_and_size()[0]
+    torch.manual_seed(rank)                                                # rank 0's parameters must reach rank 1
+    ours = nn.Sequential(*[nn.Linear(8, 8) for _ in range(6)])
+    averager = train.GradientAverager(list(ours.parameters()), bucket_mb=200 / 2 ** 20)
+    torchs = nn.parallel.DistributedDataParallel(nn.Sequential(*[nn.Linear(8, 8) for _ in range(6)]))
+    torchs.module.load_state_dict(ours.state_dict())
+    assert len(averager.buckets) > 4
+    for step in range(5):
+        x = torch.randn(2, 4, 8)
+        for k in range(2):
+            if k == 1:
+                averager.start()
+            (ours(x[k]).pow(2).sum() / 2).backward()
+            with contextlib.nullcontext() if k == 1 else torchs.no_sync():
+                torchs(x[k]).pow(2).sum().backward()
+        averager.finish()
+        for p, q in zip(ours.parameters(), torchs.parameters()):
+            close(p.grad, q.grad, 1e-6, f"step {step}")
+            q.grad = p.grad = None
+    assert averager.seen is None and [averager.number[p] for p in averager.buckets[0]][0] > 9, "the last layer is first"
+
+
+def test_averaged_gradients_equal_those_of_torch():
+    in_two_processes(average_like_torch)
+
+
+def test_a_lost_process_and_a_missing_one_end_in_a_sentence():
+    with folder() as root:
+        where = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        pair = [start("--out", root / "run", "--kimg", 1000, RANK=str(r), LOCAL_RANK=str(r), **where) for r in (0, 1)]
+        while "loss" not in pair[0].stderr.readline():
+            assert pair[0].poll() is None
+        pair[1].kill()
+        said = pair[0].communicate(timeout=60)[1]
+        pair[1].communicate()
+        assert pair[0].returncode == 2 and "rank 0 lost the other processes" in said and "Traceback" not in said, said
+        alone = start("--out", root / "alone", prepare="import sample; sample.PATIENCE *= 1 / 300",
+                      RANK="0", LOCAL_RANK="0", **dict(where, MASTER_PORT=str(free_port())))
+        said = alone.communicate(timeout=60)[1]
+        assert alone.returncode == 2 and "could not meet the others" in said and "Traceback" not in said, said
+        assert not (root / "alone").exists()
+
+
+def test_killed_again_and_again_equals_unbroken():
+    """kill -9 at four moments, drawn at random, of a run that saves every 125 steps."""
+    flags, moments = ("--kimg", 4, "--save-kimg", 1), random.Random(0)
+    with folder() as root:
+        for _ in range(4):
+            process = start("--out", root / "run", *flags)
+            while "kimg" not in process.stderr.readline():
+                pass
+            time.sleep(moments.uniform(0, 2))
+            process.kill()
+            process.communicate()
+        for name in ("whole", "run"):
+            start("--out", root / name, *flags).communicate()
+        whole, parts = (torch.load(root / name / "last.pt", weights_only=True) for name in ("whole", "run"))
+        assert parts["step"] == 500 and same(whole, parts), "the resumed run differs"
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_whole():
+    with folder() as root:
+        tiny_run(root / "run", kimg=0.04)
+        before = (root / "run/last.pt").read_bytes()
+        limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2}, -1))"
+        full = start("--out", root / "run", "--kimg", 0.08, prepare=limit)
+        said = full.communicate(timeout=60)[1]
+        assert full.returncode == 2 and "could not be written" in said and "Traceback" not in said, said
+        assert (root / "run/last.pt").read_bytes() == before and not list((root / "run").glob(".*"))
+        resumed, whole = tiny_run(root / "run"), tiny_run(root / "whole")
+        assert all(same(resumed[part], whole[part]) for part in ("step", "model", "ema", "optimizer"))
+
+
+def test_a_truncated_checkpoint_gives_way_to_the_one_before():
+    with folder() as root:
+        for kimg in (0.04, 0.064):
+            tiny_run(root / "run", kimg=kimg)
+        last = root / "run/last.pt"
+        last.write_bytes(last.read_bytes()[:3000])
+        code, said = command(train, *TINY, "--out", root / "run", "--kimg", 0.08)
+        assert code == 0 and "last.pt is truncated" in said and "going on from" in said and "previous.pt" in said, said
+        resumed, whole = torch.load(last, weights_only=True), tiny_run(root / "whole")
+        assert all(same(resumed[part], whole[part]) for part in ("step", "model", "ema", "optimizer"))
+        for file in (root / "run").glob("*.pt"):
+            file.write_bytes(b"")
+        complains(train, *TINY, "--out", root / "run", "--kimg", 0.08, words=["truncated", "--overwrite"])
+
+
+def test_a_signal_to_every_process_reaches_the_workers_too():
+    with folder() as root:
+        process = start("--out", root / "run", "--kimg", 1000, workers=2)
+        while "loss" not in process.stderr.readline():
+            assert process.poll() is None
+        os.killpg(process.pid, signal.SIGTERM)
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode == 143 and "stopped by SIGTERM and saved" in said and "Traceback" not in said, said
+
+
+def test_keep_bounds_the_numbered_checkpoints():
+    with folder() as root:
+        tiny_run(root / "run", "--keep", 2, "--save-kimg", 1, kimg=4)
+        assert [p.name for p in sorted((root / "run").glob("0*.pt"))] == ["000003.pt", "000004.pt"]
+        assert torch.load(root / "run/previous.pt", weights_only=True)["step"] == 375
+
+
+def test_the_log_adds_up():
+    """Quarters average to the loss, parts of the gradient to its norm, mse and vlb to the loss; the condition's norms
+    are those of the embeddings."""
+    with folder() as root:
+        state = tiny_run(root / "run", "--process", "ddpm", "--learn-sigma", "--sampler", "ddpm", "--tick-kimg", 0.008,
+                         "--class-dropout-prob", 0, "--cfg", 1)
+        for entry in state["progress"]["log"]:
+            close(entry["mse"] + entry["vlb"], entry["loss"], 1e-5)
+            close(math.hypot(*entry["grad_norm_parts"].values()), entry["grad_norm"], 1e-5)
+        assert set(entry["grad_norm_parts"]) == {"x_embedder", "t_embedder", "y_embedder", "blocks.0", "final_layer"}
+        assert 0 < entry["condition_norm"]["mean"] <= entry["condition_norm"]["max"]
+    for process, levels in [(Diffusion(8), torch.arange(8)), (EDM(), EDM(p_mean=-1.2).draw(100_000))]:
+        counts = torch.bincount(process.quarter(levels), minlength=4) / len(levels)
+        close(counts, [0.25] * 4, 0.01), "each quarter has its share"
+        assert (process.quarter(levels.sort().values).diff() >= 0).all(), "quarters rise with the noise"
+
+
+def test_recomputing_blocks_changes_nothing():
+    with folder() as root:
+        for name in ("diffit", "unet"):
+            cfg = configs.config_from("shapes", dict(SMALL_NETWORKS[name], batch_size=4, kimg=0.016, steps=1, workers=0,
+                                                     cfg=1.0, precision="fp32"))
+            plain, recomputed = (train_here(dataclasses.replace(cfg, checkpoint_blocks=recompute), root / f"{name}-{recompute}")
+                                 for recompute in (False, True))
+            assert same(plain, recomputed), name
+
+
+def test_fp16_scales_its_losses():
+    """Half precision with a scaler learns what fp32 learns; the scaler's state is saved."""
+    with folder() as root:
+        half, full = (tiny_run(root / p, "--precision", p, kimg=0.8) for p in ("fp16", "fp32"))
+        assert half["scaler"]["scale"] > 1 and not full["scaler"]
+        close(half["progress"]["log"][-1]["loss"], full["progress"]["log"][-1]["loss"], 0.03)
+
+
+def test_bench_says_how_fast():
+    code, said = command(train, "--bench", 1, "--hidden-size", 32, "--depth", 1)
+    assert code == 0 and all(word in said for word in ("images/s", "TFLOP/s", "matrix product", "GB")), said
 
 
 # ---------------------------------------------------------------------------------------------

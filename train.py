@@ -1,10 +1,13 @@
-"""Training: python train.py --preset NAME --data PATH. The step itself is in `train`; what it needs stands above it.
+"""Training: python train.py --preset NAME --data PATH, or on several processes torchrun --nproc_per_node=8 train.py ...
 
-The same command again resumes. Nothing of a run's randomness is saved, because none needs to be: the data follow from
-(seed, place), and the noise, timesteps and dropped labels of a step from (seed, step, micro-batch).
+`Trainer.step` is the step itself and `train` the loop around it; what they need stands above them. The same command
+again resumes. Nothing of a run's randomness is saved, because none needs to be: the data follow from (seed, place), and
+the noise, timesteps and dropped labels of a step from (seed, step, micro-batch), whichever process works on it.
 """
 import copy
 import dataclasses
+import functools
+import itertools
 import json
 import math
 import os
@@ -15,13 +18,92 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw
+from torch.utils.checkpoint import checkpoint
 
+import configs
 import data
 import diffit
 import diffusion
 import sample
 from configs import SOURCES, Parser, config_from
+
+
+# ---------------------------------------------------------------------------------------------
+# Gradients of all processes
+
+class GradientAverager:
+    """Adds the gradients of all processes up while backward still runs. (Each has divided its loss by the whole batch, so
+    the sum is the mean.) Every process then holds the same gradients, and so keeps the same weights.
+
+    Parameters share buckets of about `bucket_mb`, in the order in which backward produces their gradients: their
+    reverse at first, from the second step on what the first has shown. A full bucket's all-reduce starts at once;
+    buckets go in turn, so that all processes send the same one. Alone it does nothing, and costs nothing."""
+
+    def __init__(self, parameters, bucket_mb=25):
+        self.parameters, self.limit, self.active = parameters, bucket_mb * 2 ** 20, False
+        self.alone = sample.rank_and_size()[1] == 1
+        if self.alone:
+            return
+        for p in parameters:
+            dist.broadcast(p.data, 0)
+            p.register_post_accumulate_grad_hook(self.arrived)
+        self.number = {p: i for i, p in enumerate(parameters)}
+        self.fill(reversed(parameters))
+        self.seen = []                                                     # None once the order is known
+
+    def fill(self, order):
+        """Put the parameters into buckets, in this order."""
+        self.buckets, size = [], math.inf
+        for p in order:
+            bytes = p.numel() * p.element_size()
+            if size + bytes > self.limit:
+                self.buckets.append([])
+                size = 0
+            self.buckets[-1].append(p)
+            size += bytes
+        self.bucket_of = {p: k for k, bucket in enumerate(self.buckets) for p in bucket}
+        self.reset()
+
+    def reset(self):
+        self.missing, self.sent, self.active = [len(bucket) for bucket in self.buckets], [], False
+
+    def start(self):
+        """Before the backward of a step's last micro-batch: from here on, gradients are complete when they arrive."""
+        self.active = not self.alone
+
+    def arrived(self, p):
+        if self.active:
+            self.missing[self.bucket_of[p]] -= 1
+            if self.seen is not None:
+                self.seen.append(p)
+            while len(self.sent) < len(self.buckets) and not self.missing[len(self.sent)]:
+                self.send()
+
+    def send(self):
+        flat = torch.cat([p.grad.flatten() for p in self.buckets[len(self.sent)]])
+        self.sent.append((dist.all_reduce(flat, async_op=True), flat))
+
+    def finish(self):
+        """After that backward: wait, and give each parameter its sum."""
+        if self.alone:
+            return
+        for p in self.parameters:
+            if p.grad is None:                                             # nothing depended on it in this step
+                p.grad = torch.zeros_like(p)
+        while len(self.sent) < len(self.buckets):
+            self.send()
+        for (work, flat), bucket in zip(self.sent, self.buckets):
+            work.wait()
+            for p, grad in zip(bucket, flat.split([p.numel() for p in bucket])):
+                p.grad = grad.view_as(p)
+        self.reset()
+        if self.seen is not None:
+            order = sample.objects_from_all([self.number[p] for p in self.seen])[0]  # rank 0's, for all
+            rest = [i for i in range(len(self.parameters)) if i not in order]
+            self.fill([self.parameters[i] for i in order + rest])
+            self.seen = None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -51,36 +133,178 @@ class EMA:
 
 
 # ---------------------------------------------------------------------------------------------
+# The step
+
+def learning_rate(cfg, images):
+    """For a step that begins after so many images: a linear ramp from 0, then constant or half a cosine down to 0."""
+    ramp = min(1.0, images / (1000 * cfg.lr_rampup_kimg)) if cfg.lr_rampup_kimg else 1.0
+    done = min(1.0, images / (1000 * cfg.kimg)) if cfg.lr_decay == "cosine" else 0.0
+    return cfg.lr * ramp * (0.5 + 0.5 * math.cos(math.pi * done))
+
+
+class Trainer:
+    """All that training changes, and the step that changes it. weights: a state_dict to begin with."""
+
+    def __init__(self, cfg, device, weights=None):
+        self.cfg, self.device, (rank, size) = cfg, device, sample.rank_and_size()
+        torch.manual_seed(cfg.seed)
+        self.model = diffit.build(cfg)                                     # on the CPU: the same on every machine
+        if weights:
+            self.model.load_state_dict(weights)
+        self.model.to(device).train()
+        self.ema = EMA(self.model, cfg)
+        self.parameters = list(self.model.parameters())
+        self.averager = GradientAverager(self.parameters)
+        self.optimizer = torch.optim.AdamW(self.parameters, cfg.lr, (0.9, cfg.beta2), 1e-8, cfg.weight_decay, fused=True)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
+        self.process = diffusion.build(cfg)
+        self.timesteps = diffusion.LossAwareTimesteps(cfg.diffusion_steps) if cfg.timesteps == "loss-aware" else None
+        self.micro = cfg.micro_batch or cfg.batch_size // size
+        self.mine = range(rank * cfg.batch_size // size // self.micro, (rank + 1) * cfg.batch_size // size // self.micro)
+        self.group_names, self.groups = groups(self.model)
+        self.groups = self.groups.to(device)
+        for block in (m for m in self.model.modules() if isinstance(m, (diffit.DiffiTBlock, diffit.DiTBlock))):
+            if cfg.checkpoint_blocks:
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            if cfg.compile:
+                block.compile()                                            # equal blocks compile once
+
+    def parts(self):
+        """What a checkpoint holds of it, by name."""
+        parts = {"model": self.model, "ema": self.ema.model, "optimizer": self.optimizer, "scaler": self.scaler,
+                 "timesteps": self.timesteps}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def step(self, step, batches, watch=False):
+        """One step, on this process's next micro-batches (x, y, unreadable) -> what was seen of the whole batch: a dict of
+        columns, each (batch_size,), and of the gradient's norms; None for these where they were not finite, and nothing
+        was changed. watch: also the norm of each condition vector."""
+        cfg, images, columns = self.cfg, step * self.cfg.batch_size, []    # images seen before this step
+        for k in self.mine:
+            x, y, _ = next(batches)
+            x = x.to(self.device, non_blocking=True).float() / 127.5 - 1   # (b, C, H, W) in [-1, 1]
+            y = y.to(self.device, non_blocking=True) if cfg.num_classes else None
+            torch.manual_seed(sample.seed_from(cfg.seed, step, k))
+            t, weight = self.draw(len(x))
+            told = []                                                      # what the process tells the network of t
+
+            def f(x, t):
+                told.append(t)
+                return self.model(x, t, y)
+
+            with sample.autocast(cfg.precision, self.device):
+                losses = self.process.loss(f, x, t)                        # each (b,)
+            if k == self.mine[-1]:
+                self.averager.start()
+            self.scaler.scale((weight * losses["loss"]).sum() / cfg.batch_size).backward()
+            columns.append({"t": t, "weight": weight, **{name: loss.detach() for name, loss in losses.items()}})
+            if watch:
+                with torch.no_grad():
+                    columns[-1]["condition"] = diffit.condition(self.model, told[0], y).norm(dim=1)
+        self.averager.finish()
+        self.scaler.unscale_(self.optimizer)
+        norms = torch.stack(torch._foreach_norm([p.grad for p in self.parameters]))
+        norm = norms.norm()
+        seen = sample.from_all(torch.stack([torch.cat([c[name].float() for c in columns]) for name in columns[0]]))
+        seen = dict(zip(columns[0], seen))
+
+        finite = bool(norm.isfinite())
+        if finite:
+            if cfg.grad_clip:
+                torch.nn.utils.clip_grads_with_norm_(self.parameters, cfg.grad_clip, norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(cfg, images)
+            self.optimizer.step()
+            self.ema.update(images)
+            if self.timesteps:
+                self.timesteps.update(seen["t"].long(), seen["loss"])
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        by_group = torch.zeros(len(self.group_names), device=self.device).index_add_(0, self.groups, norms ** 2).sqrt()
+        return seen, (norm, by_group) if finite else None
+
+    def draw(self, b):
+        """Noise levels (b,) for a micro-batch, and what each image's loss weighs."""
+        if self.timesteps:
+            return self.timesteps.sample(b, self.device)
+        return self.process.draw(b, self.device), torch.ones(b, device=self.device)
+
+
+def groups(model):
+    """The parts whose gradients are watched apart (an embedding, a block, the head): their names, and the number of
+    its part for each parameter."""
+    def part(name):
+        first, *rest = name.split(".")
+        return ".".join([first, *itertools.takewhile(str.isdigit, rest)])
+    of = [part(name) for name, _ in model.named_parameters()]
+    names = list(dict.fromkeys(of))
+    return names, torch.tensor([names.index(name) for name in of])
+
+
+# ---------------------------------------------------------------------------------------------
 # Checkpoints
 
-def save_checkpoint(path, cfg, step, model, ema, optimizer, progress):
+def save_checkpoint(path, cfg, step, trainer, progress):
     """All that a run needs to go on, and `sample.py` to sample: tensors and plain values only. Written under another
-    name, flushed to disk, then renamed: whatever happens, `path` holds one whole checkpoint, the new or the old."""
-    state = {"format": sample.FORMAT, "config": dataclasses.asdict(cfg), "step": step, "model": model.state_dict(),
-             "ema": ema.model.state_dict(), "optimizer": optimizer.state_dict(), "progress": progress.state()}
+    name, flushed to disk, then renamed: whatever happens, `path` holds one whole checkpoint, the new or the old; and the
+    one before stays as previous.pt."""
+    state = {"format": sample.FORMAT, "config": dataclasses.asdict(cfg), "step": step, "progress": progress.state(),
+             **{name: part.state_dict() for name, part in trainer.parts().items()}}
     try:
         with data.written_whole(path) as temporary, open(temporary, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
+            if path.exists():
+                link(path, path.with_name("previous.pt"))
     except (OSError, RuntimeError) as error:                               # torch.save's answer to a full disk
         raise OSError(f"{path} could not be written ({data.reason(error)}); what was there before is whole") from None
 
 
-def load_checkpoint(path, cfg, model, ema, optimizer, progress):
+def load_checkpoint(path, cfg, trainer, progress):
     """Put a run of the same Config back where save_checkpoint left it -> the step to go on with. ValueError if the
     file is not ours, or belongs to a run that differs in more than what MAY_CHANGE."""
     state = sample.read_checkpoint(path)
     refuse_another_run(state["config"], cfg, path)
-    sample.load_weights(model, state["model"], path)
-    sample.load_weights(ema.model, state["ema"], path)
-    optimizer.load_state_dict(state["optimizer"])
+    for name, part in trainer.parts().items():
+        if isinstance(part, torch.nn.Module):
+            sample.load_weights(part, state[name], path)
+        else:
+            part.load_state_dict(state[name])
     progress.load(state["progress"])
     return state["step"]
 
 
+def newest(out):
+    """The newest whole checkpoint in the folder, or None. It says which it passed over. ValueError if all are damaged."""
+    files = [out / "last.pt", out / "previous.pt", *sorted(out.glob("[0-9]*.pt"), reverse=True)]
+    files, errors = [file for file in files if file.exists()], []
+    for file in files:
+        try:
+            sample.read_checkpoint(file)
+        except ValueError as error:
+            errors.append(str(error))
+        else:
+            for error in errors:
+                say(f"{error}; going on from {file}")
+            return file
+    if errors:
+        raise ValueError("; ".join(errors) + "; give another --out, or --overwrite to start anew there")
+
+
+def link(source, dest):
+    """A second name for a file, in the place of what dest was; a copy where the file system has no links."""
+    with data.written_whole(dest) as temporary:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+
 # A run may change its length, its machine, how it is watched and how its samples are made; nothing else.
-MAY_CHANGE = {"kimg", "micro_batch", "compile", "workers", "tick_kimg", "sample_kimg", "save_kimg", *sample.SAMPLING}
+MAY_CHANGE = {"kimg", "micro_batch", "compile", "checkpoint_blocks", "workers", "tick_kimg", "sample_kimg", "save_kimg", "keep",
+              *sample.SAMPLING}
 
 
 def refuse_another_run(theirs, cfg, path):
@@ -99,7 +323,7 @@ def open_folder(out, cfg, overwrite):
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a folder")
     if config.exists() and overwrite:
-        for pattern in ("config.json", "log.jsonl", "loss.png", "samples-*.png", "last.pt", "[0-9]*.pt"):
+        for pattern in ("config.json", "log.jsonl", "loss.png", "samples-*.png", "last.pt", "previous.pt", "[0-9]*.pt"):
             for file in out.glob(pattern):
                 file.unlink()
     elif config.exists():
@@ -119,29 +343,33 @@ def write_text(path, text):
 
 
 # ---------------------------------------------------------------------------------------------
-# What one sees: a line, a log, a curve
+# What one sees: a line, a log, curves
 
 class Progress:
     """Means over each tick, shown as one live line on a terminal, elsewhere as a line per tick, and kept in log.jsonl.
-    The sums stay on the device, and go into the checkpoint: a resumed run logs what an unbroken one would."""
+    The sums stay on the device, and go into the checkpoint: a resumed run logs what an unbroken one would. Every process
+    has the same; rank 0 writes."""
 
     def __init__(self, cfg, out, device, dataset):
-        self.cfg, self.out, self.device, self.live = cfg, out, device, sys.stderr.isatty()
+        self.cfg, self.out, self.device = cfg, out, device
+        self.writes = sample.rank_and_size()[0] == 0
+        self.live = self.writes and sys.stderr.isatty()
         self.total = math.ceil(round(cfg.kimg * 1000 / cfg.batch_size, 6)) # steps of the whole run
-        self.log, self.sums, self.steps, self.skipped = [], {}, 0, 0
+        self.log, self.sums, self.skipped = [], {}, 0
         self.unreadable = data.Unreadable(dataset)
 
     def state(self):
-        sums = {name: float(value) for name, value in self.sums.items()}
-        return {"log": self.log, "sums": sums, "steps": self.steps, "skipped": self.skipped,
-                "unreadable": self.unreadable.found}
+        sums = {name: [part.tolist() for part in pair] for name, pair in self.sums.items()}
+        return {"log": self.log, "sums": sums, "skipped": self.skipped, "unreadable": self.unreadable.found}
 
     def load(self, state):
-        self.log, self.sums, self.steps, self.skipped, self.unreadable.found = state.values()
+        self.log, sums, self.skipped, self.unreadable.found = state.values()
+        self.sums = {name: [torch.tensor(part, device=self.device) for part in pair] for name, pair in sums.items()}
 
     def begin(self, step):
         """Start the clocks at this step; the log is what it was then."""
-        write_text(self.out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log))
+        if self.writes:
+            write_text(self.out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log))
         self.first, self.began, self.shown = step, time.time(), 0
         self.timed, self.busy, self.waited = 0, 0.0, 0.0
 
@@ -149,183 +377,214 @@ class Progress:
         """One step took so many seconds, of which it waited for data."""
         self.timed, self.busy, self.waited = self.timed + 1, self.busy + seconds, self.waited + waited
 
-    def add(self, **values):
-        """Scalars of one step, to average."""
-        self.steps += 1
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value
+    def add(self, trainer, seen, norms):
+        """What Trainer.step saw: means of the losses, in all and by quarters of the noise, and of the gradient's norm."""
+        weight = seen["weight"]
+        quarter = torch.nn.functional.one_hot(trainer.process.quarter(seen["t"]).long(), 4).float()
+        pairs = {name: (weight @ seen[name], weight.new_tensor(len(weight))) for name in ("loss", "mse", "vlb") if name in seen}
+        pairs["loss_quarters"] = (weight * seen["loss"]) @ quarter, weight @ quarter
+        pairs |= {name: (norm, weight.new_tensor(1.0)) for name, norm in zip(("grad_norm", "grad_norm_parts"), norms)}
+        for name, (total, count) in pairs.items():
+            old = self.sums.get(name, (0, 0))
+            self.sums[name] = old[0] + total, old[1] + count
 
-    def show(self, step, lr, tick):
+    def show(self, step, lr, tick, trainer, seen):
         """Called after each step; at a tick, write the log."""
         if not tick and not (self.live and time.time() - self.shown > 0.5):
             return
         self.shown = time.time()
-        means = {name: float(total) / max(self.steps, 1) for name, total in self.sums.items()}
+        means = {name: (total / count.clamp(min=1e-9)).tolist() for name, (total, count) in self.sums.items()}
         busy = max(self.busy, 1e-9)
         entry = {"step": step, "kimg": step * self.cfg.batch_size / 1000, **means, "lr": lr, "skipped": self.skipped,
                  "unreadable": len(self.unreadable.found), "data_wait": round(self.waited / busy, 4),
                  "images_per_s": round(self.timed * self.cfg.batch_size / busy, 1),
-                 "memory_gb": round(memory(self.device), 3)}
+                 "memory_gb": round(sample.memory(self.device), 3)}
         left = (self.total - step) * (self.shown - self.began) / max(step - self.first, 1)
         text = (f"kimg {entry['kimg']:.1f}  loss {means.get('loss', math.nan):.4f}  lr {lr:.2e}  "
                 f"grad {means.get('grad_norm', math.nan):.3f}  {entry['images_per_s']:.0f} images/s  "
-                f"{entry['memory_gb']:.2f} GB  {clock(left)} left")
-        print(f"\r{text:<100}" if self.live else text, end="" if self.live else "\n", file=sys.stderr, flush=True)
+                f"{entry['memory_gb']:.2f} GB  {clock(left)} left" + (f"  {self.skipped} skipped" if self.skipped else ""))
+        if self.writes:
+            print(f"\r{text:<100}" if self.live else text, end="" if self.live else "\n", file=sys.stderr, flush=True)
         if tick:
+            c = seen["condition"]
+            entry["condition_norm"] = {"mean": c.mean().item(), "std": c.std(correction=0).item(), "max": c.max().item()}
+            if "grad_norm_parts" in entry:
+                entry["grad_norm_parts"] = dict(zip(trainer.group_names, entry["grad_norm_parts"]))
             self.log.append(entry)
-            with open(self.out / "log.jsonl", "a") as file:
-                file.write(json.dumps(entry) + "\n")
-            self.sums, self.steps, self.timed, self.busy, self.waited = {}, 0, 0, 0.0, 0.0
+            if self.writes:
+                with open(self.out / "log.jsonl", "a") as file:
+                    file.write(json.dumps(entry) + "\n")
+            self.sums, self.timed, self.busy, self.waited = {}, 0, 0.0, 0.0
 
 
 def clock(seconds):
     return f"{round(seconds) // 3600}:{round(seconds) // 60 % 60:02}:{round(seconds) % 60:02}"
 
 
-def memory(device):
-    """Peak memory of this process in GB: on the GPU, or in all on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    if sys.platform == "win32":
-        return math.nan
-    import resource                                                        # Windows has none
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+def draw_curves(log, path):
+    """loss.png: what the log holds over thousands of images, on logarithmic scales."""
+    def series(get):
+        points = []
+        for entry in log:
+            try:
+                value = get(entry)
+            except KeyError:
+                continue
+            if value > 0 and math.isfinite(value):
+                points.append((entry["kimg"], math.log10(value)))
+        return points
+
+    quarter = lambda k: (lambda entry: entry["loss_quarters"][k])
+    panels = [
+        ("loss, and its parts", [(name, lambda entry, name=name: entry[name]) for name in ("mse", "vlb", "loss")]),
+        ("loss by quarter of the noise, 1 the cleanest", [(str(k + 1), quarter(k)) for k in range(4)]),
+        ("gradient norm: all, and the largest part", [("all", lambda entry: entry["grad_norm"]),
+                                                      ("part", lambda entry: max(entry["grad_norm_parts"].values()))]),
+        ("norm of the condition vector", [(name, lambda entry, name=name: entry["condition_norm"][name])
+                                          for name in ("mean", "max", "std")])]
+    panels = [(title, [(name, series(get)) for name, get in lines]) for title, lines in panels]
+    image = Image.new("RGB", (1200, 800), "white")
+    for k, (title, lines) in enumerate(panels):
+        lines = [(name, points) for name, points in lines if points]
+        if lines:
+            draw_panel(ImageDraw.Draw(image), 600 * (k % 2), 400 * (k // 2), title, lines)
+    data.save_image(image, path)
 
 
-def draw_loss(log, path):
-    """loss.png: the mean loss of each tick over thousands of images, on a logarithmic scale."""
-    points = [(entry["kimg"], math.log10(entry["loss"])) for entry in log if entry.get("loss", 0) > 0]
-    if not points:
-        return
-    width, height, left, right, top, bottom = 720, 400, 70, 20, 20, 40
-    end, low, high = points[-1][0], min(y for _, y in points) - 0.02, max(y for _, y in points) + 0.02
+def draw_panel(pen, x0, y0, title, lines, width=600, height=400):
+    """Lines [(name, [(kimg, log10 value)])] in a box whose corner is (x0, y0)."""
+    left, right, top, bottom = x0 + 60, x0 + width - 15, y0 + 30, y0 + height - 40
+    values = [value for _, points in lines for _, value in points]
+    end, low, high = max(points[-1][0] for _, points in lines), min(values) - 0.02, max(values) + 0.02
 
     def at(x, y):
-        return left + x / end * (width - left - right), top + (high - y) / (high - low) * (height - top - bottom)
+        return left + x / end * (right - left), top + (high - y) / (high - low) * (bottom - top)
 
-    image = Image.new("RGB", (width, height), "white")
-    pen = ImageDraw.Draw(image)
     for k in range(5):
         x, y = end * k / 4, low + (high - low) * k / 4
         pen.line([at(x, low), at(x, high)], fill="#e4e4e4")
         pen.line([at(0, y), at(end, y)], fill="#e4e4e4")
-        pen.text((at(x, low)[0], height - bottom + 6), f"{x:g}", fill="black", anchor="ma")
+        pen.text((at(x, low)[0], bottom + 6), f"{x:g}", fill="black", anchor="ma")
         pen.text((left - 6, at(0, y)[1]), f"{10 ** y:.3g}", fill="black", anchor="rm")
-    pen.line([at(x, y) for x, y in points], fill="#2255cc", width=2)
-    pen.text((width / 2, height - 10), "thousands of images", fill="black", anchor="mm")
-    pen.text((width - right - 6, top + 6), "loss", fill="#2255cc", anchor="ra")
-    data.save_image(image, path)
+    for k, (name, points) in enumerate(lines):
+        colour = ("#999999", "#dd8833", "#2255cc", "#228833")[k]
+        pen.line([at(x, y) for x, y in points], fill=colour, width=2)
+        pen.text((right - 6 - 45 * k, top + 4), name, fill=colour, anchor="ra")
+    pen.text(((left + right) / 2, y0 + 10), title, fill="black", anchor="ma")
+    pen.text(((left + right) / 2, bottom + 22), "thousands of images", fill="black", anchor="ma")
 
 
 # ---------------------------------------------------------------------------------------------
 # The loop
 
 class Stop:
-    """SIGINT and SIGTERM ask the loop to end after the step at hand; a second one ends it at once."""
+    """SIGINT and SIGTERM ask the loop to end after the step at hand; another one, more than three seconds later, ends it
+    at once. (torchrun passes on what the terminal has sent already.)"""
 
     def __init__(self):
-        self.signal = None
+        self.signal, self.when = 0, math.inf
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask)
 
     def ask(self, number, frame):
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        if time.time() - self.when > 3:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.signal, self.when = number, min(self.when, time.time())
 
 
-def learning_rate(cfg, images):
-    """For a step that begins after so many images: a linear ramp from 0, then constant or half a cosine down to 0."""
-    ramp = min(1.0, images / (1000 * cfg.lr_rampup_kimg)) if cfg.lr_rampup_kimg else 1.0
-    done = min(1.0, images / (1000 * cfg.kimg)) if cfg.lr_decay == "cosine" else 0.0
-    return cfg.lr * ramp * (0.5 + 0.5 * math.cos(math.pi * done))
+class Feed:
+    """The loader's batches, with the seconds that were spent waiting for them and what could not be read."""
+
+    def __init__(self, loader):
+        self.batches, self.waited, self.failed = iter(loader), 0.0, []
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        asked = time.time()
+        batch = next(self.batches)
+        self.waited, self.failed = self.waited + time.time() - asked, self.failed + batch[2]
+        return batch
 
 
 def train(cfg, dataset, out, weights=None, device=None):
-    """Train cfg on dataset in the folder out, from the start or from out/last.pt -> None when complete, or the number
-    of the signal that stopped it. weights: a state_dict to begin with. ValueError past 1 % unreadable images, or after
-    10 steps in a row without finite gradients."""
-    device = device or sample.default_device()
-    out, micro = Path(out), cfg.micro_batch or cfg.batch_size
-    torch.manual_seed(cfg.seed)
-    model = diffit.build(cfg)                                              # on the CPU: the same on every machine
-    if weights:
-        model.load_state_dict(weights)
-    model.to(device).train()
-    ema = EMA(model, cfg)
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, cfg.lr, (0.9, cfg.beta2), 1e-8, cfg.weight_decay, fused=True)
-    process, progress, start = diffusion.build(cfg), Progress(cfg, out, device, dataset), 0
-    if (out / "last.pt").exists():
-        start = load_checkpoint(out / "last.pt", cfg, model, ema, optimizer, progress)
-        say(f"resumed from {out}/last.pt at {start * cfg.batch_size / 1000:g} kimg")
+    """Train cfg on dataset in the folder out, from the start or from its newest checkpoint -> None when complete, or the
+    number of the signal that stopped it. weights: a state_dict to begin with. ValueError past 1 % unreadable images, or
+    after 10 steps in a row without finite gradients."""
+    device, out, batch = device or sample.default_device(), Path(out), cfg.batch_size
+    first = sample.rank_and_size()[0] == 0                                 # the process that writes
+    trainer, progress, start, good = Trainer(cfg, device, weights), Progress(cfg, out, device, dataset), 0, None
+    found = sample.objects_from_all(newest(out) if first else None)[0]
+    if found:
+        start, good = load_checkpoint(found, cfg, trainer, progress), found
+        if first:
+            say(f"resumed from {found} at {start * batch / 1000:g} kimg")
     if start >= progress.total:
         return None
-    if cfg.compile:
-        for block in (m for m in model.modules() if isinstance(m, (diffit.DiffiTBlock, diffit.DiTBlock))):
-            block.compile()                                                # equal blocks compile once
 
-    places = (range(step * cfg.batch_size + k, step * cfg.batch_size + k + micro)
-              for step in range(start, progress.total) for k in range(0, cfg.batch_size, micro))
-    batches = iter(data.loader(data.Stream(dataset, cfg.seed, cfg.xflip), places, cfg.workers, device.type == "cuda"))
+    places = (range(step * batch + k * trainer.micro, step * batch + (k + 1) * trainer.micro)
+              for step in range(start, progress.total) for k in trainer.mine)
+    feed = Feed(data.loader(data.Stream(dataset, cfg.seed, cfg.xflip), places, cfg.workers, device.type == "cuda"))
     in_a_row, stop = 0, Stop()
     progress.begin(start)
 
     for step in range(start, progress.total):
-        began, images = time.time(), step * cfg.batch_size                 # images seen before this step
-        lr, means, waited = learning_rate(cfg, images), {}, 0.0
-        for k in range(0, cfg.batch_size, micro):
-            asked = time.time()
-            x, y, failed = next(batches)
-            waited += time.time() - asked
-            progress.unreadable.add(failed)
-            x = x.to(device, non_blocking=True).float() / 127.5 - 1        # (b, C, H, W) in [-1, 1]
-            y = y.to(device, non_blocking=True) if cfg.num_classes else None
-            torch.manual_seed(sample.seed_from(cfg.seed, step, k // micro))
-            t = process.draw(len(x), device)
-            with sample.autocast(cfg.precision, device):
-                losses = process.loss(lambda x, t: model(x, t, y), x, t)   # each (b,)
-            losses = {name: value.mean() * micro / cfg.batch_size for name, value in losses.items()}
-            losses["loss"].backward()
-            means = {name: means.get(name, 0) + value.detach() for name, value in losses.items()}
-
-        norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
-        if norm.isfinite():
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            ema.update(images)
-            progress.add(**means, grad_norm=norm)
+        began, images, done = time.time(), step * batch, step + 1
+        passed = lambda kimg: done == progress.total or done * batch // (1000 * kimg) > images // (1000 * kimg)
+        seen, norms = trainer.step(step, feed, watch=passed(cfg.tick_kimg))
+        progress.time(time.time() - began, feed.waited)
+        asked = sample.from_all(torch.tensor([[stop.signal], [len(feed.failed)]], device=device))
+        if asked[1].any():
+            progress.unreadable.add(sum(sample.objects_from_all(feed.failed), []))
+        feed.waited, feed.failed, stopped = 0.0, [], int(asked[0].max())
+        if norms:
+            progress.add(trainer, seen, norms)
             in_a_row = 0
         else:
             progress.skipped, in_a_row = progress.skipped + 1, in_a_row + 1
-        optimizer.zero_grad(set_to_none=True)
-        progress.time(time.time() - began, waited)
         if in_a_row == 10:
-            raise ValueError(f"the gradients of 10 steps in a row, up to step {step} ({images / 1000:g} kimg), were "
-                             f"not finite; lower --lr, or go on from the last good checkpoint in {out}")
+            raise ValueError(f"the gradients of 10 steps in a row, up to step {step} ({images / 1000:g} kimg), were not "
+                             f"finite; the last good checkpoint is {good or 'yet to be written'}; lower --lr")
+        progress.show(done, learning_rate(cfg, images), passed(cfg.tick_kimg), trainer, seen)
 
-        done, last = step + 1, step + 1 == progress.total
-        passed = lambda kimg: last or done * cfg.batch_size // (1000 * kimg) > images // (1000 * kimg)
-        progress.show(done, lr, passed(cfg.tick_kimg))
-        name = f"{done * cfg.batch_size // 1000:06}"                       # in kimg
-        if passed(cfg.save_kimg) or passed(cfg.sample_kimg) or stop.signal:
-            save_checkpoint(out / "last.pt", cfg, done, model, ema, optimizer, progress)
-        if passed(cfg.save_kimg):
+        name = f"{done * batch // 1000:06}"                                # in kimg
+        if passed(cfg.save_kimg) or passed(cfg.sample_kimg) or stopped:
+            sample.on_rank_0(lambda: save_checkpoint(out / "last.pt", cfg, done, trainer, progress))
+            good = out / "last.pt"
+        if passed(cfg.save_kimg) and first:
             link(out / "last.pt", out / f"{name}.pt")
-        if stop.signal and not last:
-            return stop.signal
+            for old in sorted(out.glob("[0-9]*.pt"))[:-cfg.keep] if cfg.keep else []:
+                old.unlink()
+        if stopped and done < progress.total:
+            return stopped
         if passed(cfg.sample_kimg):
-            sample.save_samples(ema.model, cfg, out / f"samples-{name}.png")
-            draw_loss(progress.log, out / "loss.png")
+            sample.save_samples(trainer.ema.model, cfg, out / f"samples-{name}.png")
+            if first:
+                draw_curves(progress.log, out / "loss.png")
 
 
-def link(source, dest):
-    """A second name for a checkpoint that stays; a copy where the file system has no links."""
-    dest.unlink(missing_ok=True)
-    try:
-        os.link(source, dest)
-    except OSError:
-        shutil.copyfile(source, dest)
+# ---------------------------------------------------------------------------------------------
+# Speed
+
+def bench(cfg, device, n):
+    """Time n training steps on images made up, after a warm-up of 3. Forward and backward count as three forward passes,
+    whatever is computed again."""
+    trainer, size = Trainer(cfg, device), sample.rank_and_size()[1]
+    x = torch.randint(256, (trainer.micro, cfg.in_channels, cfg.input_size, cfg.input_size), dtype=torch.uint8)
+    feed = itertools.repeat((x, torch.randint(max(1, cfg.num_classes), (trainer.micro,)), []))
+
+    def run(steps):
+        for step in steps:
+            trainer.step(step, feed)
+        return sample.finished(device)
+
+    began = run(range(3))
+    seconds = run(range(3, 3 + n)) - began
+    if sample.rank_and_size()[0] == 0:
+        say(f"{n} steps of {cfg.batch_size} images, {1000 * seconds / n:.1f} ms each: "
+            + sample.speed(n * cfg.batch_size / seconds, 3 * configs.measure(cfg)[1], cfg, device, size))
 
 
 def say(text):
@@ -352,13 +611,24 @@ def open_data(cfg):
     return dataset
 
 
+def check_machine(cfg, device):
+    """ValueError if this machine, or the number of processes, does not suit the configuration."""
+    size = sample.rank_and_size()[1]
+    if cfg.batch_size % (size * (cfg.micro_batch or 1)):
+        raise ValueError(f"--batch-size {cfg.batch_size} cannot be divided over {size} processes"
+                         + (f" in micro-batches of {cfg.micro_batch}" if cfg.micro_batch else "")
+                         + f"; choose a multiple of {size * (cfg.micro_batch or 1)}")
+    if cfg.precision == "tf32" and device.type != "cuda":
+        raise ValueError("--precision tf32 is a mode of NVIDIA GPUs, and there is none here; choose bf16 or fp32")
+
+
 def describe(name, cfg, network, dataset, device):
     """Say what is about to run, and what to expect of this machine."""
-    size = sum(p.numel() for p in network.parameters())
-    bf16 = sample.uses_bf16(cfg.precision, device)
-    say(f"{name} ({SOURCES[name][0]}): {cfg.model} of {size / 1e6:.2f}M parameters, {len(dataset)} images from "
-        f"{cfg.data}, {cfg.kimg:g} kimg, {device.type} in {'bf16' if bf16 else 'fp32'}")
-    if device.type == "cpu" and not bf16:
+    kind, size = sample.arithmetic(cfg.precision, device), sample.rank_and_size()[1]
+    say(f"{name} ({SOURCES[name][0]}): {cfg.model} of {sum(p.numel() for p in network.parameters()) / 1e6:.2f}M "
+        f"parameters, {len(dataset)} images from {cfg.data}, {cfg.kimg:g} kimg, {device.type} in {kind}"
+        + (f", {size} processes" if size > 1 else ""))
+    if device.type == "cpu" and not sample.fast_bf16(device):
         say("this CPU has no fast bf16 (AMX), so everything runs in fp32: expect a few times the time that a CPU "
             "with AMX takes; the time left is shown below")
 
@@ -369,31 +639,55 @@ def main():
     parser.add_argument("--out", metavar="DIR", help="where everything goes (default runs/PRESET)")
     parser.add_argument("--init-from", metavar="CKPT", help="begin with the EMA weights of this checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    parser.add_argument("--bench", type=int, nargs="?", const=20, metavar="N", help="only time N steps (default 20)")
     parser.add_config()
     args = vars(parser.parse_args())
-    name, out, init_from, overwrite = (args.pop(key) for key in ("preset", "out", "init_from", "overwrite"))
-    out, weights, device = Path(out or f"runs/{name}"), None, sample.default_device()
+    first = int(os.environ.get("RANK", 0)) == 0
     try:
-        cfg = config_from(name, args)
-        dataset = open_data(cfg)
-        with torch.device("meta"):
-            network = diffit.build(cfg)                                    # do the sizes fit? no memory is taken
-        if init_from and (overwrite or not (out / "last.pt").exists()):    # a run under way has weights of its own
-            weights = sample.read_checkpoint(init_from)["ema"]
-            sample.check_weights(network, weights, init_from)
-            weights = {key: value.clone() for key, value in weights.items()}  # --overwrite may remove the file
-        open_folder(out, cfg, overwrite)                                   # nothing is written before this line
-        describe(name, cfg, network, dataset, device)
-        stopped = train(cfg, dataset, out, weights, device)
+        sample.join_processes()
+        stopped = run(args, first)
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        parser.exit(2, f"\n{parser.prog}: {error}\n" if first else None)
     except torch.OutOfMemoryError:
-        parser.error(f"out of GPU memory; pass a --micro-batch below {cfg.micro_batch or cfg.batch_size}")
+        parser.exit(2, f"\n{parser.prog}: out of GPU memory; pass a smaller --micro-batch, or --checkpoint-blocks\n")
+    except RuntimeError as error:
+        if sample.rank_and_size()[1] == 1:
+            raise
+        parser.exit(2, f"\n{parser.prog}: rank {sample.rank_and_size()[0]} lost the other processes "
+                       f"({str(error).splitlines()[0][:160]}); the same command goes on from the last checkpoint\n")
+    finally:
+        sample.leave_processes()
     if stopped:
+        sys.exit(128 + stopped)
+
+
+def run(args, first):
+    """The command with these flags -> the number of the signal that stopped it, if one did."""
+    name, out, init_from, overwrite, n = (args.pop(key) for key in ("preset", "out", "init_from", "overwrite", "bench"))
+    out, weights, device = Path(out or f"runs/{name}"), None, sample.default_device()
+    cfg = config_from(name, args)
+    check_machine(cfg, device)
+    if n is not None:
+        if n < 1:
+            raise ValueError(f"--bench {n}: give a number from 1")
+        return bench(cfg, device, n)
+    dataset = open_data(cfg)
+    with torch.device("meta"):
+        network = diffit.build(cfg)                                        # do the sizes fit? no memory is taken
+    if init_from and (overwrite or not (out / "last.pt").exists()):        # a run under way has weights of its own
+        weights = sample.read_checkpoint(init_from)["ema"]
+        sample.check_weights(network, weights, init_from)
+        weights = {key: value.clone() for key, value in weights.items()}   # --overwrite may remove the file
+    sample.on_rank_0(lambda: open_folder(out, cfg, overwrite))             # nothing is written before this line
+    if first:
+        describe(name, cfg, network, dataset, device)
+    stopped = train(cfg, dataset, out, weights, device)
+    if stopped and first:
         say(f"\nstopped by {signal.Signals(stopped).name} and saved; the same command goes on from here"
             + (", without --overwrite" if overwrite else ""))
-        sys.exit(128 + stopped)
-    say(f"\ncomplete: {out}/last.pt; make images with: python sample.py --ckpt {out}/last.pt")
+    elif first:
+        say(f"\ncomplete: {out}/last.pt; make images with: python sample.py --ckpt {out}/last.pt")
+    return stopped
 
 
 if __name__ == "__main__":
