@@ -308,8 +308,8 @@ def collate(items):
 
 
 def outlive_the_signal(_):
-    """In a worker: Ctrl-C, and the SIGTERM that a cluster sends to every process, are the main process's to handle, which
-    needs this worker until its step is done. A second SIGTERM ends it, as torch may wish to."""
+    """In a worker: Ctrl-C, and the SIGTERM that a cluster sends to every process, are the main process's to handle,
+    which needs this worker until its step is done. A second SIGTERM ends it, as torch may wish to."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 

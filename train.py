@@ -34,8 +34,8 @@ from configs import SOURCES, Parser, config_from
 # Gradients of all processes
 
 class GradientAverager:
-    """Adds the gradients of all processes up while backward still runs. (Each has divided its loss by the whole batch, so
-    the sum is the mean.) Every process then holds the same gradients, and so keeps the same weights.
+    """Adds up the gradients of all processes while backward still runs. (Each has divided its loss by the whole batch,
+    so the sum is the mean.) Every process then holds the same gradients, and so keeps the same weights.
 
     Parameters share buckets of about `bucket_mb`, in the order in which backward produces their gradients: their
     reverse at first, from the second step on what the first has shown. A full bucket's all-reduce starts at once;
@@ -155,12 +155,14 @@ class Trainer:
         self.ema = EMA(self.model, cfg)
         self.parameters = list(self.model.parameters())
         self.averager = GradientAverager(self.parameters)
-        self.optimizer = torch.optim.AdamW(self.parameters, cfg.lr, (0.9, cfg.beta2), 1e-8, cfg.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(self.parameters, cfg.lr, (0.9, cfg.beta2), 1e-8, cfg.weight_decay,
+                                           fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
         self.process = diffusion.build(cfg)
         self.timesteps = diffusion.LossAwareTimesteps(cfg.diffusion_steps) if cfg.timesteps == "loss-aware" else None
         self.micro = cfg.micro_batch or cfg.batch_size // size
-        self.mine = range(rank * cfg.batch_size // size // self.micro, (rank + 1) * cfg.batch_size // size // self.micro)
+        each = cfg.batch_size // size // self.micro                        # micro-batches of a process in a step
+        self.mine = range(rank * each, (rank + 1) * each)
         self.group_names, self.groups = groups(self.model)
         self.groups = self.groups.to(device)
         for block in (m for m in self.model.modules() if isinstance(m, (diffit.DiffiTBlock, diffit.DiTBlock))):
@@ -176,9 +178,9 @@ class Trainer:
         return {name: part for name, part in parts.items() if part is not None}
 
     def step(self, step, batches, watch=False):
-        """One step, on this process's next micro-batches (x, y, unreadable) -> what was seen of the whole batch: a dict of
-        columns, each (batch_size,), and of the gradient's norms; None for these where they were not finite, and nothing
-        was changed. watch: also the norm of each condition vector."""
+        """One step, on this process's next micro-batches (x, y, unreadable) -> what was seen of the whole batch: a dict
+        of columns, each (batch_size,), and of the gradient: its norm and that of each part, or None where it was not
+        finite and nothing was changed. watch: also the norm of each condition vector."""
         cfg, images, columns = self.cfg, step * self.cfg.batch_size, []    # images seen before this step
         for k in self.mine:
             x, y, _ = next(batches)
@@ -220,8 +222,8 @@ class Trainer:
                 self.timesteps.update(seen["t"].long(), seen["loss"])
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        by_group = torch.zeros(len(self.group_names), device=self.device).index_add_(0, self.groups, norms ** 2).sqrt()
-        return seen, (norm, by_group) if finite else None
+        parts = torch.zeros(len(self.group_names), device=self.device).index_add_(0, self.groups, norms ** 2).sqrt()
+        return seen, (norm, parts) if finite else None
 
     def draw(self, b):
         """Noise levels (b,) for a micro-batch, and what each image's loss weighs."""
@@ -246,8 +248,8 @@ def groups(model):
 
 def save_checkpoint(path, cfg, step, trainer, progress):
     """All that a run needs to go on, and `sample.py` to sample: tensors and plain values only. Written under another
-    name, flushed to disk, then renamed: whatever happens, `path` holds one whole checkpoint, the new or the old; and the
-    one before stays as previous.pt."""
+    name, flushed to disk, then renamed: whatever happens, `path` holds one whole checkpoint, the new or the old; and
+    the one before stays as previous.pt."""
     state = {"format": sample.FORMAT, "config": dataclasses.asdict(cfg), "step": step, "progress": progress.state(),
              **{name: part.state_dict() for name, part in trainer.parts().items()}}
     try:
@@ -276,7 +278,7 @@ def load_checkpoint(path, cfg, trainer, progress):
 
 
 def newest(out):
-    """The newest whole checkpoint in the folder, or None. It says which it passed over. ValueError if all are damaged."""
+    """The newest whole checkpoint in the folder, or None; says which it passes over. ValueError if all are damaged."""
     files = [out / "last.pt", out / "previous.pt", *sorted(out.glob("[0-9]*.pt"), reverse=True)]
     files, errors = [file for file in files if file.exists()], []
     for file in files:
@@ -303,8 +305,8 @@ def link(source, dest):
 
 
 # A run may change its length, its machine, how it is watched and how its samples are made; nothing else.
-MAY_CHANGE = {"kimg", "micro_batch", "compile", "checkpoint_blocks", "workers", "tick_kimg", "sample_kimg", "save_kimg", "keep",
-              *sample.SAMPLING}
+MAY_CHANGE = {"kimg", "micro_batch", "compile", "checkpoint_blocks", "workers", "tick_kimg", "sample_kimg", "save_kimg",
+              "keep", *sample.SAMPLING}
 
 
 def refuse_another_run(theirs, cfg, path):
@@ -347,8 +349,8 @@ def write_text(path, text):
 
 class Progress:
     """Means over each tick, shown as one live line on a terminal, elsewhere as a line per tick, and kept in log.jsonl.
-    The sums stay on the device, and go into the checkpoint: a resumed run logs what an unbroken one would. Every process
-    has the same; rank 0 writes."""
+    The sums stay on the device, and go into the checkpoint: a resumed run logs what an unbroken one would. Every
+    process has the same; rank 0 writes."""
 
     def __init__(self, cfg, out, device, dataset):
         self.cfg, self.out, self.device = cfg, out, device
@@ -378,10 +380,11 @@ class Progress:
         self.timed, self.busy, self.waited = self.timed + 1, self.busy + seconds, self.waited + waited
 
     def add(self, trainer, seen, norms):
-        """What Trainer.step saw: means of the losses, in all and by quarters of the noise, and of the gradient's norm."""
+        """What Trainer.step saw: the losses, in all and by quarters of the noise, and the gradient's norms."""
         weight = seen["weight"]
         quarter = torch.nn.functional.one_hot(trainer.process.quarter(seen["t"]).long(), 4).float()
-        pairs = {name: (weight @ seen[name], weight.new_tensor(len(weight))) for name in ("loss", "mse", "vlb") if name in seen}
+        pairs = {name: (weight @ seen[name], weight.new_tensor(len(weight)))
+                 for name in ("loss", "mse", "vlb") if name in seen}
         pairs["loss_quarters"] = (weight * seen["loss"]) @ quarter, weight @ quarter
         pairs |= {name: (norm, weight.new_tensor(1.0)) for name, norm in zip(("grad_norm", "grad_norm_parts"), norms)}
         for name, (total, count) in pairs.items():
@@ -402,12 +405,13 @@ class Progress:
         left = (self.total - step) * (self.shown - self.began) / max(step - self.first, 1)
         text = (f"kimg {entry['kimg']:.1f}  loss {means.get('loss', math.nan):.4f}  lr {lr:.2e}  "
                 f"grad {means.get('grad_norm', math.nan):.3f}  {entry['images_per_s']:.0f} images/s  "
-                f"{entry['memory_gb']:.2f} GB  {clock(left)} left" + (f"  {self.skipped} skipped" if self.skipped else ""))
+                f"{entry['memory_gb']:.2f} GB  {clock(left)} left"
+                + (f"  {self.skipped} skipped" if self.skipped else ""))
         if self.writes:
             print(f"\r{text:<100}" if self.live else text, end="" if self.live else "\n", file=sys.stderr, flush=True)
         if tick:
             c = seen["condition"]
-            entry["condition_norm"] = {"mean": c.mean().item(), "std": c.std(correction=0).item(), "max": c.max().item()}
+            entry["condition_norm"] = {"mean": float(c.mean()), "std": float(c.std(correction=0)), "max": float(c.max())}
             if "grad_norm_parts" in entry:
                 entry["grad_norm_parts"] = dict(zip(trainer.group_names, entry["grad_norm_parts"]))
             self.log.append(entry)
@@ -478,8 +482,8 @@ def draw_panel(pen, x0, y0, title, lines, width=600, height=400):
 # The loop
 
 class Stop:
-    """SIGINT and SIGTERM ask the loop to end after the step at hand; another one, more than three seconds later, ends it
-    at once. (torchrun passes on what the terminal has sent already.)"""
+    """SIGINT and SIGTERM ask the loop to end after the step at hand; another one, more than three seconds later, ends
+    it at once. (torchrun passes on what the terminal has sent already.)"""
 
     def __init__(self):
         self.signal, self.when = 0, math.inf
@@ -510,9 +514,9 @@ class Feed:
 
 
 def train(cfg, dataset, out, weights=None, device=None):
-    """Train cfg on dataset in the folder out, from the start or from its newest checkpoint -> None when complete, or the
-    number of the signal that stopped it. weights: a state_dict to begin with. ValueError past 1 % unreadable images, or
-    after 10 steps in a row without finite gradients."""
+    """Train cfg on dataset in the folder out, from the start or from its newest checkpoint -> None when complete, or
+    the number of the signal that stopped it. weights: a state_dict to begin with. ValueError past 1 % unreadable
+    images, or after 10 steps in a row without finite gradients."""
     device, out, batch = device or sample.default_device(), Path(out), cfg.batch_size
     first = sample.rank_and_size()[0] == 0                                 # the process that writes
     trainer, progress, start, good = Trainer(cfg, device, weights), Progress(cfg, out, device, dataset), 0, None
@@ -545,8 +549,8 @@ def train(cfg, dataset, out, weights=None, device=None):
         else:
             progress.skipped, in_a_row = progress.skipped + 1, in_a_row + 1
         if in_a_row == 10:
-            raise ValueError(f"the gradients of 10 steps in a row, up to step {step} ({images / 1000:g} kimg), were not "
-                             f"finite; the last good checkpoint is {good or 'yet to be written'}; lower --lr")
+            raise ValueError(f"the gradients of 10 steps in a row, up to step {step} ({images / 1000:g} kimg), were "
+                             f"not finite; the last good checkpoint is {good or 'yet to be written'}; lower --lr")
         progress.show(done, learning_rate(cfg, images), passed(cfg.tick_kimg), trainer, seen)
 
         name = f"{done * batch // 1000:06}"                                # in kimg
@@ -569,8 +573,8 @@ def train(cfg, dataset, out, weights=None, device=None):
 # Speed
 
 def bench(cfg, device, n):
-    """Time n training steps on images made up, after a warm-up of 3. Forward and backward count as three forward passes,
-    whatever is computed again."""
+    """Time n training steps on images made up, after a warm-up of 3. Forward and backward count as three forward
+    passes, whatever is computed again."""
     trainer, size = Trainer(cfg, device), sample.rank_and_size()[1]
     x = torch.randint(256, (trainer.micro, cfg.in_channels, cfg.input_size, cfg.input_size), dtype=torch.uint8)
     feed = itertools.repeat((x, torch.randint(max(1, cfg.num_classes), (trainer.micro,)), []))
