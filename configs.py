@@ -75,7 +75,7 @@ class Config:
     # Training
     kimg: float = 1000.0              # length, thousands of images
     batch_size: int = 256             # images a step, over all processes
-    micro_batch: int = 0              # images a forward pass; 0: the whole batch at once
+    micro_batch: int = 0              # images a forward pass; 0: all of a process's share of the batch
     lr: float = 1e-4
     lr_rampup_kimg: float = 0.0       # linear ramp from 0
     lr_decay: str = one_of("constant", "constant", "cosine")  # cosine: to 0 at the end
@@ -155,8 +155,8 @@ def preset(name, source, fid, **fields):
 # Built in, for two CPU cores. Trained above the noise of EDM, where shapes are decided; with a gain of 1 it learns little at first.
 preset("shapes", "this project", None, data="shapes", model="diffit", num_classes=10, patch_size=4, hidden_size=128, depth=4,
        num_heads=4, embed_gain=4, process="edm", p_mean=-0.2, p_std=1.0, sigma_min=0.1, sigma_max=10, sampler="dpmpp", steps=14, clip=True,
-       cfg=4, kimg=125, batch_size=16, lr=3e-3, lr_rampup_kimg=1, lr_decay="cosine", beta2=0.95, grad_clip=1.0, ema_halflife_kimg=3,
-       ema_rampup=0.1, workers=1, tick_kimg=2, sample_kimg=25, save_kimg=125)
+       cfg=4, kimg=115, batch_size=16, lr=3e-3, lr_rampup_kimg=1, lr_decay="cosine", beta2=0.95, grad_clip=1.0, ema_halflife_kimg=3,
+       ema_rampup=0.1, workers=1, tick_kimg=2, sample_kimg=23, save_kimg=115)
 
 # DiffiT, image space: Tables S.2, S.3. Blocks per resolution: S.2 and H.1 say 4; I.1 says 1,2,2,2 and 2. Heads: not said.
 # "Strictly follows EDM" (H.1): its process, ramp, EMA and dropout; iterations, batch and rate are DiffiT's.

@@ -335,14 +335,15 @@ def allowed(n):
 class Unreadable:
     """Names and counts the images that could not be read. ValueError, with the list, past what is allowed."""
 
-    def __init__(self, dataset):
-        self.found, self.total = {}, len(dataset)
+    def __init__(self, dataset, speaks=True):
+        self.found, self.total, self.speaks = {}, len(dataset), speaks
 
     def add(self, unreadable):
         for name, why in unreadable:
             if name not in self.found:
                 self.found[name] = why
-                print(f"skipped {name}: {why}", file=sys.stderr, flush=True)
+                if self.speaks:
+                    print(f"skipped {name}: {why}", file=sys.stderr, flush=True)
         if len(self.found) > allowed(self.total):
             raise ValueError(f"{len(self.found)} of {self.total} images cannot be read, more than 1 %; mend or "
                              f"remove them: " + ", ".join(self.found))

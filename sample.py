@@ -42,9 +42,12 @@ def join_processes():
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         return
     device = default_device()
+    if device.type == "cuda":
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"there are {torch.cuda.device_count()} GPUs here, and this is process {device.index + 1} "
+                             f"on this machine; start no more processes than GPUs")
+        torch.cuda.set_device(device)
     try:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"rank {os.environ.get('RANK')} of {os.environ['WORLD_SIZE']} could not meet the others at "
@@ -82,16 +85,22 @@ def objects_from_all(value):
 
 
 def on_rank_0(act):
-    """Call act in one process while the others wait; what is wrong there (ValueError, OSError) is raised in all."""
-    error = None
+    """Call act in one process, once all have come this far, -> what it returns, in all. What it raises is raised in
+    all, too; `shared` says that rank 0 will report it."""
+    if rank_and_size()[1] == 1:
+        return act()
+    objects_from_all(None)
+    result, error = None, None
     if rank_and_size()[0] == 0:
         try:
-            act()
+            result = act()
         except (ValueError, OSError) as caught:
-            error = caught
-    error = objects_from_all(error)[0]
+            error = type(caught)(str(caught))
+    result, error = objects_from_all((result, error))[0]
     if error:
+        error.shared = True
         raise error
+    return result
 
 
 def fast_bf16(device):
@@ -257,8 +266,8 @@ def save_samples(model, cfg, path):
     n, (rank, size) = 4 * (grid_columns(cfg) or 9), rank_and_size()
     mine = [data.to_uint8(x) for x, _ in generate(model, cfg, range(rank, n, size))]
     parts = objects_from_all(np.concatenate(mine) if mine else None)
-    if rank == 0:
-        data.save_grid(np.stack([parts[i % size][i // size] for i in range(n)]), path, grid_columns(cfg))
+    images = np.stack([parts[i % size][i // size] for i in range(n)])
+    on_rank_0(lambda: data.save_grid(images, path, grid_columns(cfg)))
 
 
 # ---------------------------------------------------------------------------------------------

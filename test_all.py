@@ -1344,6 +1344,8 @@ def test_two_processes_equal_one():
         in_two_processes(train_small_networks, two)
         for name in SMALL_NETWORKS:
             a, b = (torch.load(root / name / "last.pt", weights_only=True) for root in (one, two))
+            assert sorted(b.pop("averager")["order"]) == list(range(len(a["optimizer"]["state"])))
+            assert a.pop("averager") == {}, "one process has no order of its own"
             assert a["step"] == 20 and same(a, b), f"{name}: two processes differ from one"
             assert ("timesteps" in a) == (name == "loss-aware")
             images = [np.asarray(Image.open(root / name / "samples-000000.png")) for root in (one, two)]

@@ -2,7 +2,7 @@
 
 `Trainer.step` is the step itself and `train` the loop around it; what they need stands above them. The same command
 again resumes. Nothing of a run's randomness is saved, because none needs to be: the data follow from (seed, place), and
-the noise, timesteps and dropped labels of a step from (seed, step, micro-batch), whichever process works on it.
+the noise, timesteps and dropped labels from (seed, step, micro-batch), whichever process works on that micro-batch.
 """
 import copy
 import dataclasses
@@ -50,19 +50,18 @@ class GradientAverager:
             dist.broadcast(p.data, 0)
             p.register_post_accumulate_grad_hook(self.arrived)
         self.number = {p: i for i, p in enumerate(parameters)}
-        self.fill(reversed(parameters))
+        self.fill(reversed(range(len(parameters))))
         self.seen = []                                                     # None once the order is known
 
     def fill(self, order):
-        """Put the parameters into buckets, in this order."""
-        self.buckets, size = [], math.inf
-        for p in order:
-            bytes = p.numel() * p.element_size()
-            if size + bytes > self.limit:
+        """Put the parameters into buckets, in the order of these numbers."""
+        self.buckets, self.order, size = [], list(order), math.inf
+        for p in (self.parameters[i] for i in self.order):
+            if size + p.nbytes > self.limit:
                 self.buckets.append([])
                 size = 0
             self.buckets[-1].append(p)
-            size += bytes
+            size += p.nbytes
         self.bucket_of = {p: k for k, bucket in enumerate(self.buckets) for p in bucket}
         self.reset()
 
@@ -89,20 +88,22 @@ class GradientAverager:
         """After that backward: wait, and give each parameter its sum."""
         if self.alone:
             return
-        for p in self.parameters:
-            if p.grad is None:                                             # nothing depended on it in this step
-                p.grad = torch.zeros_like(p)
-        while len(self.sent) < len(self.buckets):
-            self.send()
         for (work, flat), bucket in zip(self.sent, self.buckets):
             work.wait()
             for p, grad in zip(bucket, flat.split([p.numel() for p in bucket])):
                 p.grad = grad.view_as(p)
         self.reset()
         if self.seen is not None:
-            order = sample.objects_from_all([self.number[p] for p in self.seen])[0]  # rank 0's, for all
-            rest = [i for i in range(len(self.parameters)) if i not in order]
-            self.fill([self.parameters[i] for i in order + rest])
+            self.fill(sample.objects_from_all([self.number[p] for p in self.seen])[0])  # rank 0's, for all
+            self.seen = None
+
+    def state_dict(self):
+        """The order, on which the rounding of a sum over three and more processes depends."""
+        return {} if self.alone or self.seen is not None else {"order": self.order}
+
+    def load_state_dict(self, state):
+        if not self.alone:
+            self.fill(state["order"])
             self.seen = None
 
 
@@ -152,9 +153,9 @@ class Trainer:
         if weights:
             self.model.load_state_dict(weights)
         self.model.to(device).train()
-        self.ema = EMA(self.model, cfg)
         self.parameters = list(self.model.parameters())
-        self.averager = GradientAverager(self.parameters)
+        self.averager = GradientAverager(self.parameters)                  # from here on, weights are rank 0's
+        self.ema = EMA(self.model, cfg)
         self.optimizer = torch.optim.AdamW(self.parameters, cfg.lr, (0.9, cfg.beta2), 1e-8, cfg.weight_decay,
                                            fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
@@ -174,12 +175,12 @@ class Trainer:
     def parts(self):
         """What a checkpoint holds of it, by name."""
         parts = {"model": self.model, "ema": self.ema.model, "optimizer": self.optimizer, "scaler": self.scaler,
-                 "timesteps": self.timesteps}
+                 "averager": self.averager, "timesteps": self.timesteps}
         return {name: part for name, part in parts.items() if part is not None}
 
     def step(self, step, batches, watch=False):
         """One step, on this process's next micro-batches (x, y, unreadable) -> what was seen of the whole batch: a dict
-        of columns, each (batch_size,), and of the gradient: its norm and that of each part, or None where it was not
+        of columns, each (batch_size,), and of the gradient: its norm, then that of each part; None where it was not
         finite and nothing was changed. watch: also the norm of each condition vector."""
         cfg, images, columns = self.cfg, step * self.cfg.batch_size, []    # images seen before this step
         for k in self.mine:
@@ -202,7 +203,7 @@ class Trainer:
             columns.append({"t": t, "weight": weight, **{name: loss.detach() for name, loss in losses.items()}})
             if watch:
                 with torch.no_grad():
-                    columns[-1]["condition"] = diffit.condition(self.model, told[0], y).norm(dim=1)
+                    columns[-1]["condition"] = diffit.condition(self.model, told[0], y).norm(dim=1)  # drops labels anew
         self.averager.finish()
         self.scaler.unscale_(self.optimizer)
         norms = torch.stack(torch._foreach_norm([p.grad for p in self.parameters]))
@@ -223,7 +224,7 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         parts = torch.zeros(len(self.group_names), device=self.device).index_add_(0, self.groups, norms ** 2).sqrt()
-        return seen, (norm, parts) if finite else None
+        return seen, torch.cat([norm[None], parts]) if finite else None
 
     def draw(self, b):
         """Noise levels (b,) for a micro-batch, and what each image's loss weighs."""
@@ -246,10 +247,10 @@ def groups(model):
 # ---------------------------------------------------------------------------------------------
 # Checkpoints
 
-def save_checkpoint(path, cfg, step, trainer, progress):
+def save_checkpoint(path, cfg, step, trainer, progress, stays=None):
     """All that a run needs to go on, and `sample.py` to sample: tensors and plain values only. Written under another
     name, flushed to disk, then renamed: whatever happens, `path` holds one whole checkpoint, the new or the old; and
-    the one before stays as previous.pt."""
+    the one before stays as previous.pt. stays: another name for it; of these, cfg.keep are kept."""
     state = {"format": sample.FORMAT, "config": dataclasses.asdict(cfg), "step": step, "progress": progress.state(),
              **{name: part.state_dict() for name, part in trainer.parts().items()}}
     try:
@@ -259,6 +260,10 @@ def save_checkpoint(path, cfg, step, trainer, progress):
             os.fsync(file.fileno())
             if path.exists():
                 link(path, path.with_name("previous.pt"))
+        if stays:
+            link(path, stays)
+            for old in numbered(path.parent)[:-cfg.keep] if cfg.keep else []:
+                old.unlink()
     except (OSError, RuntimeError) as error:                               # torch.save's answer to a full disk
         raise OSError(f"{path} could not be written ({data.reason(error)}); what was there before is whole") from None
 
@@ -271,15 +276,16 @@ def load_checkpoint(path, cfg, trainer, progress):
     for name, part in trainer.parts().items():
         if isinstance(part, torch.nn.Module):
             sample.load_weights(part, state[name], path)
-        else:
+        elif state[name]:                                                  # {}: the part was not in use
             part.load_state_dict(state[name])
     progress.load(state["progress"])
     return state["step"]
 
 
 def newest(out):
-    """The newest whole checkpoint in the folder, or None; says which it passes over. ValueError if all are damaged."""
-    files = [out / "last.pt", out / "previous.pt", *sorted(out.glob("[0-9]*.pt"), reverse=True)]
+    """The newest whole checkpoint in the folder, or None. One that it must pass over is named, and gives way to the one
+    that it finds. ValueError if all are damaged."""
+    files = [out / "last.pt", out / "previous.pt", *reversed(numbered(out))]
     files, errors = [file for file in files if file.exists()], []
     for file in files:
         try:
@@ -289,9 +295,16 @@ def newest(out):
         else:
             for error in errors:
                 say(f"{error}; going on from {file}")
+            if file != out / "last.pt":
+                link(file, out / "last.pt")                                # lest the damaged one become previous.pt
             return file
     if errors:
         raise ValueError("; ".join(errors) + "; give another --out, or --overwrite to start anew there")
+
+
+def numbered(out):
+    """The checkpoints <kimg>.pt in the folder, the newest last."""
+    return sorted((file for file in out.glob("*.pt") if file.stem.isdigit()), key=lambda file: int(file.stem))
 
 
 def link(source, dest):
@@ -325,9 +338,9 @@ def open_folder(out, cfg, overwrite):
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a folder")
     if config.exists() and overwrite:
-        for pattern in ("config.json", "log.jsonl", "loss.png", "samples-*.png", "last.pt", "previous.pt", "[0-9]*.pt"):
-            for file in out.glob(pattern):
-                file.unlink()
+        for file in numbered(out) + [file for pattern in ("log.jsonl", "loss.png", "samples-*.png", "last.pt",
+                                                          "previous.pt", "config.json") for file in out.glob(pattern)]:
+            file.unlink()                                                  # config.json last: it marks the folder
     elif config.exists():
         try:
             refuse_another_run(json.loads(config.read_text()), cfg, out)
@@ -349,24 +362,25 @@ def write_text(path, text):
 
 class Progress:
     """Means over each tick, shown as one live line on a terminal, elsewhere as a line per tick, and kept in log.jsonl.
-    The sums stay on the device, and go into the checkpoint: a resumed run logs what an unbroken one would. Every
-    process has the same; rank 0 writes."""
+    What a tick has seen so far stays on the device, and goes into the checkpoint: a resumed run logs what an unbroken
+    one would. Every process has the same; rank 0 writes."""
 
     def __init__(self, cfg, out, device, dataset):
         self.cfg, self.out, self.device = cfg, out, device
         self.writes = sample.rank_and_size()[0] == 0
         self.live = self.writes and sys.stderr.isatty()
         self.total = math.ceil(round(cfg.kimg * 1000 / cfg.batch_size, 6)) # steps of the whole run
-        self.log, self.sums, self.skipped = [], {}, 0
-        self.unreadable = data.Unreadable(dataset)
+        self.log, self.seen, self.norms, self.skipped = [], [], [], 0
+        self.unreadable = data.Unreadable(dataset, self.writes)
 
     def state(self):
-        sums = {name: [part.tolist() for part in pair] for name, pair in self.sums.items()}
-        return {"log": self.log, "sums": sums, "skipped": self.skipped, "unreadable": self.unreadable.found}
+        return {"log": self.log, "seen": self.seen, "norms": self.norms, "skipped": self.skipped,
+                "unreadable": self.unreadable.found}
 
     def load(self, state):
-        self.log, sums, self.skipped, self.unreadable.found = state.values()
-        self.sums = {name: [torch.tensor(part, device=self.device) for part in pair] for name, pair in sums.items()}
+        self.log, self.skipped, self.unreadable.found = state["log"], state["skipped"], state["unreadable"]
+        self.seen = [{name: column.to(self.device) for name, column in seen.items()} for seen in state["seen"]]
+        self.norms = [norms.to(self.device) for norms in state["norms"]]
 
     def begin(self, step):
         """Start the clocks at this step; the log is what it was then."""
@@ -379,24 +393,29 @@ class Progress:
         """One step took so many seconds, of which it waited for data."""
         self.timed, self.busy, self.waited = self.timed + 1, self.busy + seconds, self.waited + waited
 
-    def add(self, trainer, seen, norms):
-        """What Trainer.step saw: the losses, in all and by quarters of the noise, and the gradient's norms."""
-        weight = seen["weight"]
+    def add(self, seen, norms):
+        """What Trainer.step has seen."""
+        self.seen.append(seen)
+        self.norms.append(norms)
+
+    def means(self, trainer):
+        """Of the tick so far: the losses, in all and by quarters of the noise, and the gradient's norms."""
+        if not self.seen:
+            return {}
+        seen = {name: torch.cat([seen[name] for seen in self.seen]) for name in self.seen[0] if name != "condition"}
+        weight, norms = seen["weight"], torch.stack(self.norms).mean(0).tolist()
         quarter = torch.nn.functional.one_hot(trainer.process.quarter(seen["t"]).long(), 4).float()
-        pairs = {name: (weight @ seen[name], weight.new_tensor(len(weight)))
-                 for name in ("loss", "mse", "vlb") if name in seen}
-        pairs["loss_quarters"] = (weight * seen["loss"]) @ quarter, weight @ quarter
-        pairs |= {name: (norm, weight.new_tensor(1.0)) for name, norm in zip(("grad_norm", "grad_norm_parts"), norms)}
-        for name, (total, count) in pairs.items():
-            old = self.sums.get(name, (0, 0))
-            self.sums[name] = old[0] + total, old[1] + count
+        means = {name: float((weight * seen[name]).mean()) for name in ("loss", "mse", "vlb") if name in seen}
+        quarters = (weight * seen["loss"]) @ quarter / (weight @ quarter).clamp(min=1e-9)
+        return means | {"loss_quarters": quarters.tolist(), "grad_norm": norms[0],
+                        "grad_norm_parts": dict(zip(trainer.group_names, norms[1:]))}
 
     def show(self, step, lr, tick, trainer, seen):
         """Called after each step; at a tick, write the log."""
         if not tick and not (self.live and time.time() - self.shown > 0.5):
             return
         self.shown = time.time()
-        means = {name: (total / count.clamp(min=1e-9)).tolist() for name, (total, count) in self.sums.items()}
+        means = self.means(trainer)
         busy = max(self.busy, 1e-9)
         entry = {"step": step, "kimg": step * self.cfg.batch_size / 1000, **means, "lr": lr, "skipped": self.skipped,
                  "unreadable": len(self.unreadable.found), "data_wait": round(self.waited / busy, 4),
@@ -411,14 +430,13 @@ class Progress:
             print(f"\r{text:<100}" if self.live else text, end="" if self.live else "\n", file=sys.stderr, flush=True)
         if tick:
             c = seen["condition"]
-            entry["condition_norm"] = {"mean": float(c.mean()), "std": float(c.std(correction=0)), "max": float(c.max())}
-            if "grad_norm_parts" in entry:
-                entry["grad_norm_parts"] = dict(zip(trainer.group_names, entry["grad_norm_parts"]))
+            entry["condition_norm"] = {"mean": c.mean().item(), "std": c.std(correction=0).item(),
+                                       "max": c.max().item()}
             self.log.append(entry)
             if self.writes:
                 with open(self.out / "log.jsonl", "a") as file:
                     file.write(json.dumps(entry) + "\n")
-            self.sums, self.timed, self.busy, self.waited = {}, 0, 0.0, 0.0
+            self.seen, self.norms, self.timed, self.busy, self.waited = [], [], 0, 0.0, 0.0
 
 
 def clock(seconds):
@@ -483,7 +501,7 @@ def draw_panel(pen, x0, y0, title, lines, width=600, height=400):
 
 class Stop:
     """SIGINT and SIGTERM ask the loop to end after the step at hand; another one, more than three seconds later, ends
-    it at once. (torchrun passes on what the terminal has sent already.)"""
+    it at once. torchrun waits 30 seconds for the step and the save, or what TORCH_ELASTIC_SHUTDOWN_TIMEOUT says."""
 
     def __init__(self):
         self.signal, self.when = 0, math.inf
@@ -513,6 +531,14 @@ class Feed:
         return batch
 
 
+def agree(stop, feed):
+    """-> the signal that any process was sent (or 0), and the images that any could not read; the same in all."""
+    if sample.rank_and_size()[1] == 1:
+        return stop.signal, feed.failed
+    said = sample.objects_from_all((stop.signal, feed.failed))
+    return max(number for number, _ in said), sum((failed for _, failed in said), [])
+
+
 def train(cfg, dataset, out, weights=None, device=None):
     """Train cfg on dataset in the folder out, from the start or from its newest checkpoint -> None when complete, or
     the number of the signal that stopped it. weights: a state_dict to begin with. ValueError past 1 % unreadable
@@ -520,7 +546,7 @@ def train(cfg, dataset, out, weights=None, device=None):
     device, out, batch = device or sample.default_device(), Path(out), cfg.batch_size
     first = sample.rank_and_size()[0] == 0                                 # the process that writes
     trainer, progress, start, good = Trainer(cfg, device, weights), Progress(cfg, out, device, dataset), 0, None
-    found = sample.objects_from_all(newest(out) if first else None)[0]
+    found = sample.on_rank_0(lambda: newest(out))
     if found:
         start, good = load_checkpoint(found, cfg, trainer, progress), found
         if first:
@@ -539,12 +565,11 @@ def train(cfg, dataset, out, weights=None, device=None):
         passed = lambda kimg: done == progress.total or done * batch // (1000 * kimg) > images // (1000 * kimg)
         seen, norms = trainer.step(step, feed, watch=passed(cfg.tick_kimg))
         progress.time(time.time() - began, feed.waited)
-        asked = sample.from_all(torch.tensor([[stop.signal], [len(feed.failed)]], device=device))
-        if asked[1].any():
-            progress.unreadable.add(sum(sample.objects_from_all(feed.failed), []))
-        feed.waited, feed.failed, stopped = 0.0, [], int(asked[0].max())
-        if norms:
-            progress.add(trainer, seen, norms)
+        stopped, failed = agree(stop, feed)
+        progress.unreadable.add(failed)
+        feed.waited, feed.failed = 0.0, []
+        if norms is not None:
+            progress.add(seen, norms)
             in_a_row = 0
         else:
             progress.skipped, in_a_row = progress.skipped + 1, in_a_row + 1
@@ -554,19 +579,15 @@ def train(cfg, dataset, out, weights=None, device=None):
         progress.show(done, learning_rate(cfg, images), passed(cfg.tick_kimg), trainer, seen)
 
         name = f"{done * batch // 1000:06}"                                # in kimg
+        if passed(cfg.sample_kimg):                                        # first: a run killed here does it again
+            sample.save_samples(trainer.ema.model, cfg, out / f"samples-{name}.png")
+            sample.on_rank_0(lambda: draw_curves(progress.log, out / "loss.png"))
         if passed(cfg.save_kimg) or passed(cfg.sample_kimg) or stopped:
-            sample.on_rank_0(lambda: save_checkpoint(out / "last.pt", cfg, done, trainer, progress))
+            stays = out / f"{name}.pt" if passed(cfg.save_kimg) else None
+            sample.on_rank_0(lambda: save_checkpoint(out / "last.pt", cfg, done, trainer, progress, stays))
             good = out / "last.pt"
-        if passed(cfg.save_kimg) and first:
-            link(out / "last.pt", out / f"{name}.pt")
-            for old in sorted(out.glob("[0-9]*.pt"))[:-cfg.keep] if cfg.keep else []:
-                old.unlink()
         if stopped and done < progress.total:
             return stopped
-        if passed(cfg.sample_kimg):
-            sample.save_samples(trainer.ema.model, cfg, out / f"samples-{name}.png")
-            if first:
-                draw_curves(progress.log, out / "loss.png")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -646,29 +667,34 @@ def main():
     parser.add_argument("--bench", type=int, nargs="?", const=20, metavar="N", help="only time N steps (default 20)")
     parser.add_config()
     args = vars(parser.parse_args())
-    first = int(os.environ.get("RANK", 0)) == 0
     try:
         sample.join_processes()
-        stopped = run(args, first)
+        stopped = run(args)
+        sample.leave_processes()
     except (ValueError, OSError) as error:
-        parser.exit(2, f"\n{parser.prog}: {error}\n" if first else None)
+        if getattr(error, "shared", False) and sample.rank_and_size()[0]:
+            sys.exit(2)                                                    # rank 0 says it for all
+        parser.exit(2, f"\n{parser.prog}: {error}\n")
     except torch.OutOfMemoryError:
         parser.exit(2, f"\n{parser.prog}: out of GPU memory; pass a smaller --micro-batch, or --checkpoint-blocks\n")
     except RuntimeError as error:
-        if sample.rank_and_size()[1] == 1:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         parser.exit(2, f"\n{parser.prog}: rank {sample.rank_and_size()[0]} lost the other processes "
-                       f"({str(error).splitlines()[0][:160]}); the same command goes on from the last checkpoint\n")
-    finally:
-        sample.leave_processes()
+                       f"({str(error).splitlines()[0][:160]}); the same command, without --overwrite, goes on from the "
+                       f"last checkpoint\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"\n{parser.prog}: stopped\n")
     if stopped:
         sys.exit(128 + stopped)
 
 
-def run(args, first):
+def run(args):
     """The command with these flags -> the number of the signal that stopped it, if one did."""
     name, out, init_from, overwrite, n = (args.pop(key) for key in ("preset", "out", "init_from", "overwrite", "bench"))
     out, weights, device = Path(out or f"runs/{name}"), None, sample.default_device()
+    first = sample.rank_and_size()[0] == 0                                 # the process that speaks and writes
+    overwrite = overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # torchrun's restarts resume
     cfg = config_from(name, args)
     check_machine(cfg, device)
     if n is not None:
