@@ -21,7 +21,7 @@ from PIL import Image
 import data
 import diffit
 import diffusion
-from configs import Config, Parser
+from configs import Config, Parser, config_from, measure
 
 
 # ---------------------------------------------------------------------------------------------
@@ -351,7 +351,10 @@ def check_outputs(args):
 
 def main():
     parser = Parser(prog="sample.py", description="Make images from a checkpoint of train.py, and score them.")
-    parser.add_argument("--ckpt", required=True, metavar="FILE", help="a checkpoint; it knows its network and sampler")
+    parser.add_argument("--ckpt", metavar="FILE", help="a checkpoint; it knows its network and sampler")
+    parser.add_argument("--bench", type=int, nargs="?", const=3, metavar="N",
+                        help="only time N batches (default 3), with --ckpt or with the untrained network of --preset")
+    parser.add_argument("--preset", default="shapes", help="for --bench without --ckpt")
     parser.add_argument("--n", type=int, default=64, help="how many images")
     parser.add_argument("--classes", metavar="207,360|all", help="classes, in turn (default: all, shuffled)")
     parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone")
@@ -373,11 +376,39 @@ def main():
         parser.exit(130, "\nsample.py: stopped\n")
 
 
+def bench(args, given):
+    """Time the sampling of args.bench batches, after a warm-up of one."""
+    if args.bench < 1:
+        raise ValueError(f"--bench {args.bench}: give a number from 1")
+    if args.ckpt:
+        model, cfg = load_model(args.ckpt, args.raw)
+    else:
+        cfg = config_from(args.preset, {})
+        model = diffit.build(cfg).to(default_device()).eval().requires_grad_(False)
+    cfg, device, calls = dataclasses.replace(cfg, **given), next(model.parameters()).device, []
+    model.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+
+    def batches(n):
+        for _ in generate(model, cfg, range(n * args.batch), batch=args.batch):
+            pass
+        return finished(device)
+
+    began = batches(1)
+    calls.clear()
+    seconds, n = batches(args.bench) - began, args.bench * args.batch
+    print(f"{n} images in batches of {args.batch}, {cfg.sampler}, {cfg.steps} steps, guidance {cfg.cfg:g}, "
+          f"{sum(calls) / n:.1f} passes an image: {speed(n / seconds, sum(calls) / n * measure(cfg)[1], cfg, device)}")
+
+
 def run(args):
     given = {name: value for name, value in vars(args).items() if name in SAMPLING}
     for flag in ("n", "batch"):
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag} {getattr(args, flag)}: give a number from 1")
+    if args.bench is not None:
+        return bench(args, given)
+    if not args.ckpt:
+        raise ValueError("pass --ckpt FILE, the checkpoint to sample from; train.py writes last.pt into its output folder")
     check_outputs(args)
     model, cfg = load_model(args.ckpt, args.raw)
     cfg = dataclasses.replace(cfg, **given)

@@ -1059,7 +1059,7 @@ def test_flags_and_presets():
                          ({"lr": -1.0}, ["--lr -1.0"]),
                          ({"sampler": "dpmp"}, ["dpmp", "did you mean dpmpp"]),
                          ({"batch_size": 64, "micro_batch": 7}, ["7", "64"]),
-                         ({"num_classes": 0}, ["--cfg 3", "classes"]),
+                         ({"num_classes": 0}, ["--cfg 4", "classes"]),
                          ({"learn_sigma": True}, ["--learn-sigma", "ddpm"]),
                          ({"kimg": 0.0}, ["--kimg"]),
                          ({"dropout": 0.5}, ["--dropout"]),
@@ -1496,7 +1496,10 @@ def test_fp16_scales_its_losses():
 
 def test_bench_says_how_fast():
     code, said = command(train, "--bench", 1, "--hidden-size", 32, "--depth", 1)
-    assert code == 0 and all(word in said for word in ("images/s", "TFLOP/s", "matrix product", "GB")), said
+    words = ("images/s", "TFLOP/s", "matrix product", "GB")
+    assert code == 0 and all(word in said for word in words), said
+    code, said = command(sample, "--bench", 1, "--batch", 2, "--steps", 3)
+    assert code == 0 and all(word in said for word in (*words, "6.0 passes an image")), said
 
 
 # ---------------------------------------------------------------------------------------------

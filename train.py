@@ -475,7 +475,7 @@ def draw_curves(log, path):
 
 def draw_panel(pen, x0, y0, title, lines, width=600, height=400):
     """Lines [(name, [(kimg, log10 value)])] in a box whose corner is (x0, y0)."""
-    left, right, top, bottom = x0 + 60, x0 + width - 15, y0 + 30, y0 + height - 40
+    left, right, top, bottom = x0 + 60, x0 + width - 20, y0 + 30, y0 + height - 40
     values = [value for _, points in lines for _, value in points]
     end, low, high = max(points[-1][0] for _, points in lines), min(values) - 0.02, max(values) + 0.02
 
@@ -486,7 +486,7 @@ def draw_panel(pen, x0, y0, title, lines, width=600, height=400):
         x, y = end * k / 4, low + (high - low) * k / 4
         pen.line([at(x, low), at(x, high)], fill="#e4e4e4")
         pen.line([at(0, y), at(end, y)], fill="#e4e4e4")
-        pen.text((at(x, low)[0], bottom + 6), f"{x:g}", fill="black", anchor="ma")
+        pen.text((at(x, low)[0], bottom + 6), f"{x:.3g}", fill="black", anchor="ma")
         pen.text((left - 6, at(0, y)[1]), f"{10 ** y:.3g}", fill="black", anchor="rm")
     for k, (name, points) in enumerate(lines):
         colour = ("#999999", "#dd8833", "#2255cc", "#228833")[k]
