@@ -62,6 +62,7 @@ class GradientAverager:
                 size = 0
             self.buckets[-1].append(p)
             size += p.nbytes
+        self.flats = [torch.cat([p.detach().flatten() for p in bucket]) for bucket in self.buckets]  # memory for sums
         self.bucket_of = {p: k for k, bucket in enumerate(self.buckets) for p in bucket}
         self.reset()
 
@@ -81,14 +82,15 @@ class GradientAverager:
                 self.send()
 
     def send(self):
-        flat = torch.cat([p.grad.flatten() for p in self.buckets[len(self.sent)]])
-        self.sent.append((dist.all_reduce(flat, async_op=True), flat))
+        flat = self.flats[len(self.sent)]
+        torch.cat([p.grad.flatten() for p in self.buckets[len(self.sent)]], out=flat)
+        self.sent.append(dist.all_reduce(flat, async_op=True))
 
     def finish(self):
         """After that backward: wait, and give each parameter its sum."""
         if self.alone:
             return
-        for (work, flat), bucket in zip(self.sent, self.buckets):
+        for work, flat, bucket in zip(self.sent, self.flats, self.buckets):
             work.wait()
             for p, grad in zip(bucket, flat.split([p.numel() for p in bucket])):
                 p.grad = grad.view_as(p)
