@@ -1315,12 +1315,12 @@ def test_checkpoints_hold_tensors_and_plain_values_and_survive_a_failed_write():
 # ---------------------------------------------------------------------------------------------
 # train.py on several processes, and through faults
 
+LOSS_AWARE = dict(process="ddpm", learn_sigma=True, diffusion_steps=4, timesteps="loss-aware", sampler="ddpm")
 SMALL_NETWORKS = {
-    "diffit": dict(hidden_size=16, depth=2, num_heads=2),
-    "dit": dict(model="dit", hidden_size=16, depth=2, num_heads=2),
-    "unet": dict(model="unet", channels=(8, 8), blocks=(1, 1), cond_size=16, num_heads=2, dropout=0.1),
-    "loss-aware": dict(hidden_size=16, depth=1, num_heads=2, process="ddpm", learn_sigma=True, diffusion_steps=4,
-                       timesteps="loss-aware", sampler="ddpm")}
+    "edm": dict(hidden_size=16, depth=2, num_heads=2),
+    "diffit": dict(LOSS_AWARE, hidden_size=16, depth=2, num_heads=2),
+    "dit": dict(LOSS_AWARE, model="dit", hidden_size=16, depth=2, num_heads=2),
+    "unet": dict(LOSS_AWARE, model="unet", channels=(8, 8), blocks=(1, 1), cond_size=16, num_heads=2, dropout=0.1)}
 
 
 def train_small_networks(root):
@@ -1347,7 +1347,7 @@ def test_two_processes_equal_one():
             assert sorted(b.pop("averager")["order"]) == list(range(len(a["optimizer"]["state"])))
             assert a.pop("averager") == {}, "one process has no order of its own"
             assert a["step"] == 20 and same(a, b), f"{name}: two processes differ from one"
-            assert ("timesteps" in a) == (name == "loss-aware")
+            assert name == "edm" or a["timesteps"]["counts"].min() > 10, "the losses came to steer the timesteps"
             images = [np.asarray(Image.open(root / name / "samples-000000.png")) for root in (one, two)]
             assert abs(np.subtract(*images, dtype=int)).max() <= 1, f"{name}: other images"
 
