@@ -408,7 +408,7 @@ def run(args):
     if args.bench is not None:
         return bench(args, given)
     if not args.ckpt:
-        raise ValueError("pass --ckpt FILE, the checkpoint to sample from; train.py writes last.pt into its output folder")
+        raise ValueError("pass --ckpt FILE, the checkpoint to sample from; train.py writes last.pt into its folder")
     check_outputs(args)
     model, cfg = load_model(args.ckpt, args.raw)
     cfg = dataclasses.replace(cfg, **given)
