@@ -378,8 +378,6 @@ def main():
 
 def bench(args, given):
     """Time the sampling of args.bench batches, after a warm-up of one."""
-    if args.bench < 1:
-        raise ValueError(f"--bench {args.bench}: give a number from 1")
     if args.ckpt:
         model, cfg = load_model(args.ckpt, args.raw)
     else:
@@ -402,8 +400,8 @@ def bench(args, given):
 
 def run(args):
     given = {name: value for name, value in vars(args).items() if name in SAMPLING}
-    for flag in ("n", "batch"):
-        if getattr(args, flag) < 1:
+    for flag in ("n", "batch", "bench"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise ValueError(f"--{flag} {getattr(args, flag)}: give a number from 1")
     if args.bench is not None:
         return bench(args, given)

@@ -5,6 +5,7 @@ implementation, or a run that must equal another one. Pictures and files are wri
 """
 import contextlib
 import dataclasses
+import gc
 import io
 import json
 import math
@@ -242,6 +243,8 @@ def one_of_two(rank, act, port, args):
     torch.set_num_threads(1)
     sample.join_processes()
     act(*args)
+    gc.collect()                                                           # what still holds the group, before it ends
+    torch.distributed.barrier()
     sample.leave_processes()
 
 

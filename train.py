@@ -523,9 +523,6 @@ class Feed:
     def __init__(self, loader):
         self.batches, self.waited, self.failed = iter(loader), 0.0, []
 
-    def __iter__(self):
-        return self
-
     def __next__(self):
         asked = time.time()
         batch = next(self.batches)
@@ -533,12 +530,13 @@ class Feed:
         return batch
 
 
-def agree(stop, feed):
+def agree(stop, feed, device):
     """-> the signal that any process was sent (or 0), and the images that any could not read; the same in all."""
     if sample.rank_and_size()[1] == 1:
         return stop.signal, feed.failed
-    said = sample.objects_from_all((stop.signal, feed.failed))
-    return max(number for number, _ in said), sum((failed for _, failed in said), [])
+    said = sample.from_all(torch.tensor([[stop.signal], [len(feed.failed)]], device=device))
+    failed = sum(sample.objects_from_all(feed.failed), []) if said[1].any() else []
+    return int(said[0].max()), failed
 
 
 def train(cfg, dataset, out, weights=None, device=None):
@@ -546,12 +544,11 @@ def train(cfg, dataset, out, weights=None, device=None):
     the number of the signal that stopped it. weights: a state_dict to begin with. ValueError past 1 % unreadable
     images, or after 10 steps in a row without finite gradients."""
     device, out, batch = device or sample.default_device(), Path(out), cfg.batch_size
-    first = sample.rank_and_size()[0] == 0                                 # the process that writes
     trainer, progress, start, good = Trainer(cfg, device, weights), Progress(cfg, out, device, dataset), 0, None
     found = sample.on_rank_0(lambda: newest(out))
     if found:
         start, good = load_checkpoint(found, cfg, trainer, progress), found
-        if first:
+        if progress.writes:
             say(f"resumed from {found} at {start * batch / 1000:g} kimg")
     if start >= progress.total:
         return None
@@ -567,7 +564,7 @@ def train(cfg, dataset, out, weights=None, device=None):
         passed = lambda kimg: done == progress.total or done * batch // (1000 * kimg) > images // (1000 * kimg)
         seen, norms = trainer.step(step, feed, watch=passed(cfg.tick_kimg))
         progress.time(time.time() - began, feed.waited)
-        stopped, failed = agree(stop, feed)
+        stopped, failed = agree(stop, feed, device)
         progress.unreadable.add(failed)
         feed.waited, feed.failed = 0.0, []
         if norms is not None:
