@@ -32,6 +32,7 @@ def only(where, default, *choices):
 class Config:
     # Data
     data: str = ""                    # what --data takes; "" where it must be passed
+    vae: str = ""                     # file of the autoencoder that makes latents into pictures
     xflip: bool = False               # mirror half of the images
     # Network
     model: str = one_of("diffit", "diffit", "dit", "unet")
@@ -70,6 +71,7 @@ class Config:
     cfg: float = 1.0                  # guidance scale; 1: none
     cfg_schedule: str = one_of("constant", "constant", "power-cosine")  # power-cosine: over timesteps (ddpm)
     cfg_channels: int = 0             # guide only the first channels; 0: all
+    cfg_exact: bool = False           # run the unguided half even where the scale is below 1.01
     cfg_interval: tuple = ()          # guide only at noise levels sigma from LOW to HIGH; (): at all
     eta: float = 0.0                  # ddim's noise: 0 none, 1 as much as ddpm
     # Training
@@ -132,6 +134,10 @@ class Config:
             raise ValueError(f"--cfg {self.cfg:g} is guidance by classes, and this network has none; pass --cfg 1")
         if self.cfg != 1 and not self.class_dropout_prob:
             raise ValueError(f"--cfg {self.cfg:g} needs a network trained with --class-dropout-prob above 0; pass --cfg 1")
+        if self.vae and self.in_channels == 3:
+            raise ValueError(f"--vae {self.vae} has no meaning here: this network makes pixels, not latents")
+        if self.clip and self.in_channels != 3:
+            raise ValueError("--clip is for pixels, which end at -1 and 1; this network makes latents, which do not")
         if self.learn_sigma and self.process == "edm":
             raise ValueError("--learn-sigma needs --process ddpm: EDM has no variance to learn")
         if self.cfg_schedule == "power-cosine" and self.process == "edm":

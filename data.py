@@ -1,31 +1,37 @@
-"""Files to tensors and back: data sets, the order of training, pictures; and `python data.py prepare`.
+"""Files to tensors and back: weights, latents, data sets, pictures; and `python data.py prepare|latents`.
 
-A data set has len(), read(i) -> uint8 (size, size, 3), labels ((n,) int64, or None), name(i), and class_names
-(empty where the source has only numbers).
-There are three: `Shapes` (drawn), `Files` (a folder or a zip of pictures), `Arrays` (an .npz, the CIFAR
-archives). `Stream` puts one in the endless order that training reads it in.
+A data set has len(), example(i, mirrored, rng) -> what a network is trained on, labels ((n,) int64, or None), name(i),
+and class_names (empty where the source has only numbers). Three hold pictures, which read(i) gives as uint8
+(size, size, 3): `Shapes` (drawn), `Files` (a folder or a zip), `Arrays` (an .npz, the CIFAR archives). `Latents` holds
+what the `VAE` made of one of these. `Stream` puts any of them in the endless order that training reads it in.
 """
 import argparse
 import colorsys
 import contextlib
+import hashlib
 import io
+import itertools
 import json
 import math
+import mmap
 import os
 import signal
 import sys
 import tarfile
+import time
 import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 KINDS = ("'shapes', a folder of images (sub-folders are classes), a .zip of images, an .npz, "
-         "or a CIFAR-10/100 binary archive")
+         "a CIFAR-10/100 binary archive, or the .safetensors of data.py latents")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -53,6 +59,287 @@ def center_crop(image, size):
         image = image.resize(size_now, Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+# ---------------------------------------------------------------------------------------------
+# Files of weights
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+          "BOOL": torch.bool}
+LONGEST_HEADER = 2 ** 24              # bytes; that of a network with a thousand tensors has about 2^17
+
+
+def read_safetensors(path):
+    """A .safetensors file (8 bytes of header length, a JSON header, raw tensors) -> {name: tensor}, metadata. The
+    tensors are the file itself, memory-mapped; what is written to them stays in this process. ValueError if the header
+    says anything that the file does not bear out."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if not 8 < start <= min(size, LONGEST_HEADER):
+            raise ValueError(f"{path} is no safetensors file: of {size} bytes, its header would take {start - 8}")
+        try:
+            header = dict(json.loads(file.read(start - 8)))
+        except (ValueError, TypeError, RecursionError):
+            raise ValueError(f"{path} is no safetensors file: its header is not a JSON object") from None
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    metadata, tensors, spans = header.pop("__metadata__", None) or {}, {}, []
+    for name, said in header.items():
+        try:
+            dtype, shape, (begin, end) = DTYPES[said["dtype"]], said["shape"], said["data_offsets"]
+            whole = len(shape) <= 8 and all(type(n) is int and n >= 0 for n in [*shape, begin, end])
+        except (KeyError, TypeError, ValueError):
+            whole = False
+        if not (whole and end - begin == math.prod(shape) * dtype.itemsize and start + end <= size):
+            raise ValueError(f"{path} is damaged, or no safetensors file: it describes {name[:60]!r} as "
+                             f"{str(said)[:120]}, and has {size - start} bytes of tensors")
+        spans.append((begin, end, name))
+        if not end > begin:
+            tensors[name] = torch.empty(shape, dtype=dtype)
+        elif (start + begin) % dtype.itemsize:                             # no address for numbers of this size
+            raw = torch.frombuffer(mapped, dtype=torch.uint8, count=end - begin, offset=start + begin)
+            tensors[name] = raw.clone().view(dtype).view(shape)
+        else:
+            tensors[name] = torch.frombuffer(mapped, dtype=dtype, count=math.prod(shape),
+                                             offset=start + begin).view(shape)
+    for (_, end, name), (begin, _, other) in itertools.pairwise(sorted(spans)):
+        if begin < end:
+            raise ValueError(f"{path} is damaged: its tensors {name[:60]!r} and {other[:60]!r} share bytes")
+    return tensors, metadata
+
+
+def safetensors_header(tensors, metadata):
+    """The first bytes of a .safetensors file of {name: (dtype as in DTYPES, shape)}, and where each tensor begins."""
+    header, starts, end = {"__metadata__": metadata}, {}, 0
+    for name, (dtype, shape) in tensors.items():
+        starts[name], end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [starts[name], end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 64)
+    return len(text).to_bytes(8, "little") + text, {name: 8 + len(text) + at for name, at in starts.items()}
+
+
+def read_file(path):
+    """A file of weights, or a checkpoint with more in it -> a dict, its tensors memory-mapped. Safetensors, or what
+    torch.save wrote; of that only tensors and plain values are ever unpickled. ValueError if it is missing, damaged or
+    something else."""
+    if not os.path.isfile(path):
+        raise ValueError(f"there is no file {path}")
+    with open(path, "rb") as file:
+        head = file.read(9)
+    if head[8:] == b"{" or str(path).endswith(".safetensors"):
+        return read_safetensors(path)[0]
+    try:
+        zipped = zipfile.is_zipfile(path)                                  # else of before torch 1.6
+        if zipped and any(entry.compress_type != zipfile.ZIP_STORED for entry in zipfile.ZipFile(path).infolist()):
+            raise ValueError("it is compressed, which torch.save never does")
+        with torch.serialization.safe_globals([argparse.Namespace]):       # the flags, in checkpoints of DiT's training
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:                                             # torch.load fails in a dozen ways
+        raise ValueError(f"{path} is truncated, or no file of weights ({reason(error)[:100]})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not weights by name")
+    return content
+
+
+def weights_in(content, path, raw=False):
+    """What read_file gave -> {name: tensor}, and where they stood: "EMA" (an "ema" entry, which is preferred), "raw"
+    (a "model" or "state_dict" entry; with raw wanted), or "only" (the file is nothing else). Prefixes that wrappers
+    leave, module. and _orig_mod., are gone. ValueError if there are none."""
+    entries = {key: content[key] for key in ("ema", "model", "state_dict") if isinstance(content.get(key), dict)}
+    if raw:
+        entries.pop("ema", None)
+        if not entries:
+            raise ValueError(f"{path} holds one set of weights, and no raw ones beside them; leave --raw out")
+    key, state = next(iter(entries.items()), ("only", content))
+    state = {name.replace("_orig_mod.", "").removeprefix("module."): value for name, value in state.items()}
+    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no weights (expected tensors by name, or such a dict under ema or model)")
+    return state, {"ema": "EMA", "only": "only"}.get(key, "raw")
+
+
+def check_weights(model, state, path):
+    """ValueError that lists what of a state_dict does not fit the network."""
+    own = {name: value.shape for name, value in model.state_dict().items()}
+    wrong = {"missing": [n for n in own if n not in state],
+             "unexpected": [n for n in state if n not in own and not n.endswith("relative_position_index")],
+             "of another shape": [f"{n} {tuple(state[n].shape)}, expected {tuple(own[n])}"
+                                  for n in own if n in state and state[n].shape != own[n]]}
+    said = [f"{len(names)} {what} ({'; '.join(n[:100] for n in names[:10])}{'; ...' if len(names) > 10 else ''})"
+            for what, names in wrong.items() if names]
+    if said:
+        raise ValueError(f"the weights in {path} do not fit this network: " + ", ".join(said))
+
+
+def load_weights(model, state, path, assign=False):
+    """state_dict -> model, strictly. With assign the network, built on the meta device, takes the tensors themselves,
+    so that a memory-mapped file is the one copy there is. ValueError that lists what does not fit."""
+    check_weights(model, state, path)
+    own = model.state_dict()
+    model.load_state_dict({name: state[name].to(own[name].dtype) for name in own}, assign=assign)
+
+
+def file_hash(path):
+    """The first 16 digits of a file's SHA-256."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        return hashlib.sha256(mapped).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------
+# Pixels to latents and back: Stable Diffusion's KL-f8 autoencoder (Rombach et al. 2022), with the names of its
+# published weights
+
+class VAE(nn.Module):
+    """(B, 3, H, W) in [-1, 1] <-> latents (B, 4, H/8, W/8) of about unit variance: 83.65M parameters.
+    channels: the width at each resolution, finest first. Runs in fp32 or bf16 (fp16 overflows)."""
+    scale = 0.18215                   # latent = scale * sample of the posterior; nothing else knows of it
+
+    def __init__(self, channels=(128, 256, 512, 512), latent_channels=4):
+        super().__init__()
+        self.factor = 2 ** (len(channels) - 1)                             # pixels on a side of a latent
+        self.encoder = Encoder(channels, 2 * latent_channels)
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+        self.decoder = Decoder(channels, latent_channels)
+
+    def posterior(self, x):
+        """Pictures (B, 3, H, W) -> mean and log-variance (B, 4, H/8, W/8) of the encoder's Gaussian, not scaled."""
+        mean, logvar = self.quant_conv(self.encoder(x)).float().chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    @classmethod
+    def latent(cls, mean, logvar, noise=0.0):
+        """A sample of the posterior, by unit noise; without, its mode. Scaled."""
+        return cls.scale * (mean + (0.5 * logvar).exp() * noise)
+
+    @torch.no_grad()
+    def decode(self, z):
+        """Latents (B, 4, h, w), scaled -> pictures (B, 3, 8h, 8w) fp32, about [-1, 1]. One at a time, for memory."""
+        return torch.cat([self.decoder(self.post_quant_conv(one)).float() for one in (z / self.scale).split(1)])
+
+
+class Encoder(nn.Module):
+    def __init__(self, channels, out):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            Level(before, width, 2, "downsamplers" if k < len(channels) - 1 else None)
+            for k, (before, width) in enumerate(zip((channels[0], *channels), channels)))
+        self.mid_block = Middle(channels[-1])
+        self.conv_norm_out, self.conv_out = vae_norm(channels[-1]), nn.Conv2d(channels[-1], out, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, channels, latent_channels):
+        super().__init__()
+        channels = channels[::-1]
+        self.conv_in = nn.Conv2d(latent_channels, channels[0], 3, padding=1)
+        self.mid_block = Middle(channels[0])
+        self.up_blocks = nn.ModuleList(
+            Level(before, width, 3, "upsamplers" if k < len(channels) - 1 else None)
+            for k, (before, width) in enumerate(zip((channels[0], *channels), channels)))
+        self.conv_norm_out, self.conv_out = vae_norm(channels[-1]), nn.Conv2d(channels[-1], 3, 3, padding=1)
+
+    def forward(self, z):
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Level(nn.Module):
+    """ResBlocks at one resolution, then the way to the next. resample: "downsamplers", "upsamplers" or None."""
+
+    def __init__(self, before, width, blocks, resample):
+        super().__init__()
+        self.resnets = nn.ModuleList(VAEResBlock(before if k == 0 else width, width) for k in range(blocks))
+        self.resample = resample
+        if resample:
+            self.add_module(resample, nn.ModuleList([Resample(width, down=resample == "downsamplers")]))
+
+    def forward(self, x):
+        for block in self.resnets:
+            x = block(x)
+        return getattr(self, self.resample)[0](x) if self.resample else x
+
+
+class Resample(nn.Module):
+    """Half the resolution, with zeros added to the right and below alone, or twice the resolution."""
+
+    def __init__(self, width, down):
+        super().__init__()
+        self.down = down
+        self.conv = nn.Conv2d(width, width, 3, stride=2) if down else nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.down else F.interpolate(x, scale_factor=2.0))
+
+
+class Middle(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.resnets = nn.ModuleList(VAEResBlock(width, width) for _ in range(2))
+        self.attentions = nn.ModuleList([VAEAttention(width)])
+
+    def forward(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class VAEResBlock(nn.Module):
+    """x + Conv(Swish(GN(Conv(Swish(GN(x)))))), a 1x1 convolution on the shortcut where the width changes."""
+
+    def __init__(self, before, width):
+        super().__init__()
+        self.norm1, self.conv1 = vae_norm(before), nn.Conv2d(before, width, 3, padding=1)
+        self.norm2, self.conv2 = vae_norm(width), nn.Conv2d(width, width, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(before, width, 1) if before != width else None
+
+    def forward(self, x):
+        h = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+        return h + (self.conv_shortcut(x) if self.conv_shortcut else x)
+
+
+class VAEAttention(nn.Module):
+    """One head over all positions."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.group_norm = vae_norm(width)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, x):
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)             # (B, H*W, width)
+        q, k, v = (f(tokens)[:, None] for f in (self.to_q, self.to_k, self.to_v))
+        tokens = self.to_out[0](F.scaled_dot_product_attention(q, k, v)[:, 0])
+        return x + tokens.transpose(1, 2).reshape(x.shape)
+
+
+def vae_norm(width):
+    return nn.GroupNorm(32, width, eps=1e-6)
+
+
+def load_vae(path, device="cpu"):
+    """sd-vae-ft-ema or -mse, as .safetensors or .bin, with today's names in the attention or the older ones -> VAE in
+    eval mode, as wide and deep as the file says. ValueError if the file is something else."""
+    state, _ = weights_in(read_file(path), path)
+    older = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    state = {".".join(older.get(part, part) for part in name.split(".")): value for name, value in state.items()}
+    names = (f"encoder.down_blocks.{k}.resnets.0.conv1.weight" for k in itertools.count())
+    channels = tuple(len(state[name]) for name in itertools.takewhile(state.__contains__, names))
+    if not channels or any(width % 32 or not width for width in channels):
+        raise ValueError(f"{path} is no VAE of Stable Diffusion; expected sd-vae-ft-ema or sd-vae-ft-mse")
+    with torch.device("meta"):
+        vae = VAE(channels)
+    load_weights(vae, state, path, assign=True)
+    return vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -87,7 +374,16 @@ def outlines():
     }
 
 
-class Shapes:
+class Pictures:
+    """A data set that has read(i), and gives a network its pixels."""
+
+    def example(self, i, mirrored, rng):
+        """-> (3, size, size) uint8, mirrored or not. rng is for data sets with chance in them."""
+        image = self.read(i)
+        return torch.from_numpy((image[:, ::-1] if mirrored else image).transpose(2, 0, 1).copy())
+
+
+class Shapes(Pictures):
     """The built-in set: one bright shape of ten on a dark ground. Image i follows from (seed, i) alone and has class
     i % 10; size, place, tilt and colour are random. Drawn four times too large and averaged down for smooth edges."""
     outlines = outlines()
@@ -119,7 +415,7 @@ class Shapes:
         return np.round(255 * (ground + alpha * (colour - ground))).astype(np.uint8)
 
 
-class Files:
+class Files(Pictures):
     """Pictures in a folder or in a .zip, read when asked for, cropped and resized to size.
 
     Classes: what dataset.json says ({"labels": [["path", class], ...]}, as in EDM), else the first level of
@@ -192,7 +488,7 @@ class Files:
             return center_crop(decode(file), self.size)
 
 
-class Arrays:
+class Arrays(Pictures):
     """Pictures held in memory: images (n, H, W, 3) uint8, labels (n,) or None."""
 
     def __init__(self, images, labels, size, class_names=()):
@@ -247,15 +543,57 @@ def read_cifar(path, size):
     return Arrays(images, labels, size, names)
 
 
+class Latents:
+    """What `python data.py latents` wrote: mean and log-variance of the VAE's posterior for each picture and its
+    mirror image. An example is a fresh sample of it, (4, size, size) fp32, scaled. Nothing is read before it is asked
+    for. ValueError if it was made with another scale, or for another size."""
+
+    def __init__(self, path, size):
+        self.path, self.size, self.tensors, self.class_names = str(path), size, None, []
+        tensors, self.header = self.open()
+        if self.header.get("format") != LATENTS:
+            raise ValueError(f"{path} holds no latents; --data takes {KINDS}")
+        if float(self.header["scale"]) != VAE.scale:
+            raise ValueError(f"{path} was made for latents scaled by {self.header['scale']}, and here they are scaled "
+                             f"by {VAE.scale}; make it again")
+        self.channels, grid = tensors["moments"].shape[3:5]
+        if grid != size:
+            raise ValueError(f"{path} holds latents of {grid} x {grid} (of images of {self.header['size']} pixels), and "
+                             f"this network takes {size} x {size}; choose another preset, or make them with another "
+                             f"--size")
+        self.kept = np.flatnonzero(tensors["state"].numpy() == DONE)       # without the unreadable
+        labels = tensors["labels"].numpy()[self.kept]
+        self.labels = None if (labels < 0).any() else labels
+
+    def open(self):
+        if self.tensors is None:
+            self.tensors = read_safetensors(self.path)
+        return self.tensors
+
+    def __getstate__(self):
+        return {**self.__dict__, "tensors": None}                          # a worker maps the file itself
+
+    def __len__(self):
+        return len(self.kept)
+
+    def name(self, i):
+        return f"latent {self.kept[i]}"
+
+    def example(self, i, mirrored, rng):
+        mean, logvar = self.open()[0]["moments"][self.kept[i], int(mirrored)].float()
+        return VAE.latent(mean, logvar, torch.from_numpy(rng.standard_normal(mean.shape, np.float32)))
+
+
 def open_dataset(path, size):
-    """What --data names -> a data set of size x size images. ValueError, in one sentence, if it is missing, empty,
-    damaged or of another kind."""
+    """What --data names -> a data set of size x size images, or latents. ValueError, in one sentence, if it is
+    missing, empty, damaged or of another kind."""
     path, low = str(path), str(path).lower()
     if path == "shapes":
         return Shapes(size)
     if not os.path.exists(path):
         raise ValueError(f"there is no data at {path!r}; --data takes {KINDS}")
-    readers = {".zip": Files, ".npz": read_npz, ".tar.gz": read_cifar, ".tgz": read_cifar, ".tar": read_cifar}
+    readers = {".zip": Files, ".npz": read_npz, ".tar.gz": read_cifar, ".tgz": read_cifar, ".tar": read_cifar,
+               ".safetensors": Latents}
     reader = Files if os.path.isdir(path) else next((r for end, r in readers.items() if low.endswith(end)), None)
     if reader is None:
         raise ValueError(f"cannot tell what {path!r} holds; --data takes {KINDS}")
@@ -270,10 +608,10 @@ def open_dataset(path, size):
 # The order of training
 
 class Stream(torch.utils.data.Dataset):
-    """A data set in training order: place 0, 1, 2, ... without end -> uint8 (3, size, size), label, unreadable.
+    """A data set in training order: place 0, 1, 2, ... without end -> example, label, unreadable.
 
-    Each run of n places is one shuffle of the n images. What comes at a place, and whether it is mirrored,
-    depends on (seed, place) alone: there is nothing to save for a resume, and neither the number of
+    Each run of n places is one shuffle of the n images. What comes at a place, whether it is mirrored, and the noise of
+    a latent depend on (seed, place) alone: there is nothing to save for a resume, and neither the number of
     processes nor of workers changes it. An unreadable image gives way to the next one of the shuffle;
     `unreadable` lists (name, reason) of those passed over."""
 
@@ -285,21 +623,20 @@ class Stream(torch.utils.data.Dataset):
         epoch, k = divmod(place, n)
         if epoch != self.epoch:
             self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(n)
-        unreadable = []
+        mirrored = self.xflip and np.random.default_rng([self.seed, 1, place]).random() < 0.5
+        rng, unreadable = np.random.default_rng([self.seed, 2, place]), []
         while True:
             i = self.order[(k + len(unreadable)) % n]
             try:
-                image = self.dataset.read(i)
+                x = self.dataset.example(i, mirrored, rng)
                 break
             except Exception as error:
                 unreadable.append((self.dataset.name(i), reason(error)))
             if len(unreadable) > allowed(n):                               # the list alone is enough to stop the run
-                image = np.zeros((self.dataset.size, self.dataset.size, 3), np.uint8)
+                x = torch.zeros(3, self.dataset.size, self.dataset.size, dtype=torch.uint8)
                 break
-        if self.xflip and np.random.default_rng([self.seed, 1, place]).random() < 0.5:
-            image = image[:, ::-1]
         label = -1 if self.dataset.labels is None else int(self.dataset.labels[i])
-        return torch.from_numpy(image.transpose(2, 0, 1).copy()), label, unreadable
+        return x, label, unreadable
 
 
 def collate(items):
@@ -315,8 +652,7 @@ def outlive_the_signal(_):
 
 
 def loader(dataset, batches, workers, pin_memory=False):
-    """A DataLoader over `batches`, an iterable of lists of places -> images (b, 3, H, W) uint8, labels (b,),
-    unreadable."""
+    """A DataLoader over `batches`, an iterable of lists of places -> examples (b, C, H, W), labels (b,), unreadable."""
     return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
                                        worker_init_fn=outlive_the_signal, pin_memory=pin_memory,
                                        prefetch_factor=4 if workers else None)
@@ -352,6 +688,11 @@ class Unreadable:
 # ---------------------------------------------------------------------------------------------
 # Tensors to pictures
 
+def to_network(x):
+    """A batch of examples as networks take them: pixels (B, 3, H, W) uint8 -> [-1, 1]; latents stay as they are."""
+    return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
+
+
 def to_uint8(x):
     """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8 numpy."""
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -359,25 +700,36 @@ def to_uint8(x):
 
 def to_float(images):
     """(B, H, W, 3) uint8 numpy -> (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return to_network(torch.from_numpy(images).permute(0, 3, 1, 2))
 
 
-def save_grid(images, path, columns=None):
-    """uint8 (n, H, W, 3) -> one picture, row by row; images under 64 pixels are enlarged."""
+def grid(images, columns=None):
+    """uint8 (n, H, W, 3) -> one PIL image, row by row; images under 64 pixels are enlarged."""
     n, height, width, _ = images.shape
-    columns = columns or math.ceil(math.sqrt(n))
+    columns = min(n, columns or math.ceil(math.sqrt(n)))
     rows, zoom, gap = math.ceil(n / columns), max(1, 64 // width), 2
-    grid = np.full((rows * (zoom * height + gap) + gap, columns * (zoom * width + gap) + gap, 3), 255, np.uint8)
+    sheet = np.full((rows * (zoom * height + gap) + gap, columns * (zoom * width + gap) + gap, 3), 255, np.uint8)
     for k, image in enumerate(images):
         top = gap + k // columns * (zoom * height + gap)
         left = gap + k % columns * (zoom * width + gap)
-        grid[top:top + zoom * height, left:left + zoom * width] = image.repeat(zoom, 0).repeat(zoom, 1)
-    save_image(Image.fromarray(grid), path)
+        sheet[top:top + zoom * height, left:left + zoom * width] = image.repeat(zoom, 0).repeat(zoom, 1)
+    return Image.fromarray(sheet)
 
 
-def save_image(image, path):
+def save_grid(images, path, columns=None):
+    save_image(grid(images, columns), path)
+
+
+def save_film(frames, path, columns=None):
+    """A list of uint8 (n, H, W, 3) -> an animated .gif of their grids, three seconds long, then two on the last."""
+    first, *rest = [grid(images, columns) for images in frames]
+    shown = [max(20, 3000 // len(frames))] * len(rest) + [2000]            # milliseconds
+    save_image(first, path, save_all=True, append_images=rest, duration=shown, loop=0)
+
+
+def save_image(image, path, **options):
     with written_whole(path) as temporary:
-        image.save(temporary, format=Image.registered_extensions().get(Path(path).suffix.lower(), "PNG"))
+        image.save(temporary, format=Image.registered_extensions().get(Path(path).suffix.lower(), "PNG"), **options)
 
 
 @contextlib.contextmanager
@@ -393,36 +745,36 @@ def written_whole(path):
 
 
 def live_line(text):
-    """Progress on a terminal, over the line that stands there; elsewhere nothing."""
+    """Progress: on a terminal over the line that stands there, elsewhere a line a minute."""
     if sys.stderr.isatty():
         print(f"\r{text}", end="", file=sys.stderr, flush=True)
+    elif text.strip() and time.time() - live_line.said > 60:
+        live_line.said = time.time()
+        print(text, file=sys.stderr, flush=True)
+
+
+live_line.said = time.time()
 
 
 # ---------------------------------------------------------------------------------------------
 # python data.py prepare SRC DEST.zip --size 64
 
 def prepare(source, dest, size, workers=2):
-    """Crop, resize and pack any data that training reads into an uncompressed .zip of PNGs with a dataset.json. The
+    """Crop, resize and pack any pictures that training reads into an uncompressed .zip of PNGs with a dataset.json. The
     file appears when it is complete; one that exists is left alone (ValueError)."""
     dest = Path(dest)
-    if dest.suffix != ".zip":
-        raise ValueError(f"{dest} does not end in .zip, which is what prepare writes")
+    check_dest(dest, ".zip")
     if dest.exists():
         raise ValueError(f"{dest} exists; remove it or choose another name")
-    if not dest.parent.is_dir():
-        raise ValueError(f"the folder {dest.parent} for {dest.name} does not exist; make it first")
-    dataset = open_dataset(source, size)
+    dataset = open_pictures(source, size)
     labels, unreadable = [], Unreadable(dataset)
-    batches = (range(i, min(i + 64, len(dataset))) for i in range(0, len(dataset), 64))
-    packed = torch.utils.data.DataLoader(Packer(dataset), batch_sampler=batches, num_workers=workers,
-                                         collate_fn=Packer.collate)
     with written_whole(dest) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as out:
-        for files, bad in packed:
-            unreadable.add(bad)
-            for png, label in files:
+        for indices, images, bad in Reader.batches(dataset, range(len(dataset)), 64, workers, as_png):
+            unreadable.add([why for _, *why in bad])
+            for i, png in zip(indices, images):
                 name = f"{len(labels) // 1000:05d}/img{len(labels):08d}.png"
                 out.writestr(name, png)
-                labels.append([name, label])
+                labels.append([name, None if dataset.labels is None else int(dataset.labels[i])])
             live_line(f"{len(labels)} of {len(dataset)} images")
         known = labels if dataset.labels is not None else None
         out.writestr("dataset.json", json.dumps({"labels": known}))
@@ -432,44 +784,172 @@ def prepare(source, dest, size, workers=2):
           f"{len(unreadable.found)} unreadable images left out", file=sys.stderr)
 
 
-class Packer(torch.utils.data.Dataset):
-    """Place i of a data set -> (PNG bytes, label), or None and the reason why it cannot be read."""
+def as_png(image):
+    out = io.BytesIO()
+    Image.fromarray(image).save(out, "png")
+    return out.getvalue()
 
-    def __init__(self, dataset):
-        self.dataset = dataset
+
+def check_dest(dest, ending):
+    if dest.suffix != ending:
+        raise ValueError(f"{dest} does not end in {ending}, which is what is written there")
+    if not dest.parent.is_dir():
+        raise ValueError(f"the folder {dest.parent} for {dest.name} does not exist; make it first")
+
+
+def open_pictures(source, size):
+    if str(source).endswith(".safetensors"):
+        raise ValueError(f"{source} holds latents or weights, and this command takes pictures")
+    return open_dataset(source, size)
+
+
+class Reader(torch.utils.data.Dataset):
+    """Place i of a data set -> (i, form(picture), None), or (i, name, reason) where it cannot be read."""
+
+    def __init__(self, dataset, form):
+        self.dataset, self.form = dataset, form
 
     def __getitem__(self, i):
         try:
-            out = io.BytesIO()
-            Image.fromarray(self.dataset.read(i)).save(out, "png")
+            return i, self.form(self.dataset.read(i)), None
         except Exception as error:
-            return None, (self.dataset.name(i), reason(error))
-        return (out.getvalue(), None if self.dataset.labels is None else int(self.dataset.labels[i])), None
+            return i, self.dataset.name(i), reason(error)
 
     @staticmethod
     def collate(items):
-        files, unreadable = zip(*items)
-        return [f for f in files if f], [u for u in unreadable if u]
+        good = [(i, image) for i, image, why in items if why is None]
+        return [i for i, _ in good], [image for _, image in good], [item for item in items if item[2] is not None]
+
+    @classmethod
+    def batches(cls, dataset, indices, batch, workers, form=lambda image: image):
+        """-> indices, pictures, [(index, name, reason)] of those that cannot be read, `batch` places at a time."""
+        places = [indices[k:k + batch] for k in range(0, len(indices), batch)]
+        return torch.utils.data.DataLoader(cls(dataset, form), batch_sampler=places, num_workers=workers,
+                                           collate_fn=cls.collate)
+
+
+# ---------------------------------------------------------------------------------------------
+# python data.py latents SRC DEST.safetensors --vae FILE --size 256, or on several GPUs torchrun data.py latents ...
+
+LATENTS = "diffit latents 1"
+DONE, UNREADABLE = 1, 2               # states of a place; 0: to do
+
+
+def cache_latents(source, dest, vae_path, size, batch=8, workers=2, bf16=False):
+    """The posterior of each picture and of its mirror image, as `Latents` reads it: fp16, of which a posterior's own
+    spread hides the rounding. The same command again goes on where it was stopped.
+
+    All processes write to one file, DEST.partial, each its own places, and say nothing to each other: a place is
+    done when its state is set, and the one that finds nothing left to do gives the file its name."""
+    dest, rank, ranks = Path(dest), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
+    check_dest(dest, ".safetensors")
+    vae = load_vae(vae_path, device)
+    if size % vae.factor:
+        raise ValueError(f"--size {size} is no multiple of {vae.factor}, the side of a latent in pixels")
+    dataset = open_pictures(source, size)
+    n, grid, channels = len(dataset), size // vae.factor, vae.post_quant_conv.in_channels
+    names = hashlib.sha256(repr([os.path.getsize(source) if os.path.isfile(source) else 0,
+                                 *map(dataset.name, range(n))]).encode()).hexdigest()[:16]
+    header, starts = safetensors_header(
+        {"moments": ("F16", (n, 2, 2, channels, grid, grid)),              # (plain or mirrored, mean or log-variance)
+         "labels": ("I64", (n,)), "state": ("U8", (n,))},
+        {"format": LATENTS, "vae": file_hash(vae_path), "scale": str(VAE.scale), "size": str(size), "names": names})
+    partial = dest.with_name(dest.name + ".partial")
+    for path in (dest, partial):
+        if path.exists() and not same_start(path, header):
+            raise ValueError(f"{path} is not of these {n} pictures, this --vae and --size {size}; remove it, or choose "
+                             f"another name")
+    if dest.exists():
+        print(f"{dest} is complete", file=sys.stderr)
+        return
+    if not partial.exists():
+        begin_file(partial, header, {starts["labels"]: np.full(n, -1) if dataset.labels is None else dataset.labels},
+                   starts["state"] + n)
+    moments = np.memmap(partial, np.float16, "r+", starts["moments"], (n, 2, 2, channels, grid, grid))
+    state = np.memmap(partial, np.uint8, "r+", starts["state"], (n,))
+    chunks = [range(k, min(k + 64, n)) for k in range(0, n, 64)][rank::ranks]
+    mine = [i for chunk in chunks for i in chunk if state[i] != DONE]
+    unreadable, start, before = Unreadable(dataset), time.time(), int((state == DONE).sum())
+    for indices, images, bad in Reader.batches(dataset, mine, batch, workers):
+        if indices:
+            x = to_float(np.stack(images)).to(device)
+            for mirrored, view in enumerate((x, x.flip(3))):
+                with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+                    moments[indices, mirrored] = torch.stack(vae.posterior(view), dim=1).cpu().numpy()
+            moments.flush()                                                # to the disk, before it counts as done
+            state[indices] = DONE
+        state[[i for i, _, _ in bad]] = UNREADABLE
+        unreadable.add([why for _, *why in bad])
+        done = int((state == DONE).sum())
+        if rank == 0:
+            live_line(f"{done} of {n} images, {(done - before) / (time.time() - start):.1f} images/s")
+    state.flush()
+    if state.all() and partial.exists():
+        with contextlib.suppress(FileNotFoundError):                       # another process was faster
+            os.replace(partial, dest)
+            live_line("\n")
+            print(f"{dest}: latents of {int((state == DONE).sum())} images of {size} x {size}, "
+                  f"{int((state == UNREADABLE).sum())} unreadable images left out", file=sys.stderr)
+
+
+def same_start(path, header):
+    with open(path, "rb") as file:
+        return file.read(len(header)) == header
+
+
+def begin_file(path, header, parts, size):
+    """A file of this size: a header, arrays at their places, zeros. Of several processes that try, one succeeds."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(header)
+            for at, array in parts.items():
+                file.seek(at)
+                file.write(array.tobytes())
+            file.truncate(size)
+            if hasattr(os, "posix_fallocate"):                             # a full disk says so here, and not later
+                os.posix_fallocate(file.fileno(), 0, size)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass
+        except OSError:                                                    # a file system without links
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description="Prepare data for training.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="prepare")
-    command = commands.add_parser("prepare", help="crop, resize and pack images into a zip", allow_abbrev=False)
-    command.add_argument("source", metavar="SRC", help=KINDS)
-    command.add_argument("dest", metavar="DEST.zip")
-    command.add_argument("--size", type=int, required=True, help="height and width in pixels")
-    command.add_argument("--workers", type=int, default=2, help="processes that read (default 2)")
-    parser.error = command.error = lambda message: parser.exit(2, f"data.py: {message}\n")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="prepare|latents")
+    for name, dest, text in [("prepare", "DEST.zip", "crop, resize and pack images into a zip"),
+                             ("latents", "DEST.safetensors", "encode images for the training of latent networks")]:
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.error = lambda message: parser.exit(2, f"data.py: {message}\n")
+        command.add_argument("source", metavar="SRC", help=KINDS)
+        command.add_argument("dest", metavar=dest)
+        command.add_argument("--size", type=int, required=True, help="height and width in pixels")
+        command.add_argument("--workers", type=int, default=2, help="processes that read (default 2)")
+    command.add_argument("--vae", metavar="FILE", required=True, help="sd-vae-ft-ema or -mse, .safetensors or .bin")
+    command.add_argument("--batch", type=int, default=8, help="images at a time (default 8)")
+    command.add_argument("--bf16", action="store_true", help="encode in bf16 instead of fp32")
+    parser.error = command.error
     args = parser.parse_args()
     try:
         if args.size < 1:
             raise ValueError(f"--size {args.size} is no size; give a number of pixels from 1")
-        prepare(args.source, args.dest, args.size, args.workers)
+        if args.command == "prepare":
+            prepare(args.source, args.dest, args.size, args.workers)
+        else:
+            if args.batch < 1:
+                raise ValueError(f"--batch {args.batch}: give a number from 1")
+            cache_latents(args.source, args.dest, args.vae, args.size, args.batch, args.workers, args.bf16)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        parser.exit(130, "\ndata.py: stopped\n")
+        parser.exit(130, "\ndata.py: stopped; the same command goes on\n" if args.command == "latents" else
+                    "\ndata.py: stopped\n")
 
 
 if __name__ == "__main__":

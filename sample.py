@@ -3,12 +3,17 @@
 Image i follows from (seed, i) alone: its noise, first and last, comes from a generator of its own, and so does not
 change with the batch size, the number of images or the order in which they are made.
 """
+import contextlib
 import dataclasses
 import datetime
+import json
 import math
 import os
+import shutil
 import sys
+import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +26,38 @@ from PIL import Image
 import data
 import diffit
 import diffusion
-from configs import Config, Parser, config_from, measure
+from configs import PRESETS, Config, Parser, config_from, measure
 
 
 # ---------------------------------------------------------------------------------------------
 # The machine: one process, or those that torchrun started
 
 PATIENCE = datetime.timedelta(minutes=10)  # how long a process waits for another before it gives up
+
+
+def run_command(parser, act, if_short_of_memory, if_others_are_lost):
+    """What `python train.py` and `python sample.py` do: act(), in all processes that were started, with one sentence
+    and exit code 2 for what goes wrong; two of them end with the advice given. act -> the number of the signal that
+    ended it, or None."""
+    try:
+        join_processes()
+        stopped = act()
+        leave_processes()
+    except (ValueError, OSError) as error:
+        if getattr(error, "shared", False) and rank_and_size()[0]:
+            sys.exit(2)                                                    # rank 0 says it for all
+        parser.exit(2, f"\n{parser.prog}: {error}\n")
+    except torch.OutOfMemoryError:
+        parser.exit(2, f"\n{parser.prog}: out of GPU memory; {if_short_of_memory}\n")
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        parser.exit(2, f"\n{parser.prog}: rank {rank_and_size()[0]} lost the other processes "
+                       f"({str(error).splitlines()[0][:160]}); {if_others_are_lost}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"\n{parser.prog}: stopped\n")
+    if stopped:
+        sys.exit(128 + stopped)
 
 
 def default_device():
@@ -166,7 +196,7 @@ def seed_from(*numbers):
 
 
 # ---------------------------------------------------------------------------------------------
-# Checkpoints
+# Networks from files
 
 FORMAT = "diffit checkpoint 1"
 
@@ -174,64 +204,81 @@ FORMAT = "diffit checkpoint 1"
 def read_checkpoint(path):
     """What train.save_checkpoint wrote: a dict of tensors and plain values, memory-mapped. ValueError if the file is
     missing, truncated or something else."""
-    if not os.path.isfile(path):
-        raise ValueError(f"there is no checkpoint {path}; train.py writes last.pt into its output folder")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:                                             # torch.load fails in a dozen ways
-        raise ValueError(f"{path} is truncated or no checkpoint ({str(error).splitlines()[0][:100]})") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    state = data.read_file(path)
+    if state.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of train.py (expected the format {FORMAT!r})")
     return state
 
 
-def check_weights(model, state, path):
-    """ValueError that lists what of a state_dict does not fit the network."""
-    own = {name: value.shape for name, value in model.state_dict().items()}
-    wrong = {"missing": [n for n in own if n not in state],
-             "unexpected": [n for n in state if n not in own and not n.endswith("relative_position_index")],
-             "of another shape": [f"{n} {tuple(state[n].shape)}, expected {tuple(own[n])}"
-                                  for n in own if n in state and state[n].shape != own[n]]}
-    said = [f"{len(names)} {what} ({'; '.join(names[:10])}{'; ...' if len(names) > 10 else ''})"
-            for what, names in wrong.items() if names]
-    if said:
-        raise ValueError(f"the weights in {path} do not fit this network: " + ", ".join(said))
-
-
-def load_weights(model, state, path):
-    """state_dict -> model, strictly. ValueError that lists what does not fit."""
-    check_weights(model, state, path)
-    model.load_state_dict(state)
-
-
-def load_model(path, raw=False, device=None):
-    """-> model in eval mode, its Config. EMA weights, or with raw those that the optimizer holds."""
-    state = read_checkpoint(path)
-    try:
-        cfg = Config(**state["config"])
-    except TypeError as error:
-        raise ValueError(f"the configuration in {path} is of another version of this code ({error})") from None
-    model = diffit.build(cfg)
-    load_weights(model, state["model" if raw else "ema"], path)
+def load_model(path, preset="", raw=False, device=None):
+    """A checkpoint of train.py, or published weights of the network of a preset (a DiffiT .safetensors, a DiT .pt)
+    -> model in eval mode, its Config. EMA weights where there are some, or with raw those that the optimizer holds.
+    On a CPU the file itself, memory-mapped, is the one copy. ValueError if the file is something else."""
+    content = data.read_file(path)
+    weights, kind = data.weights_in(content, path, raw)
+    if "post_quant_conv.weight" in weights:
+        raise ValueError(f"{path} is a VAE; pass it as --vae, and a network as --ckpt")
+    if content.get("format") == FORMAT:
+        if preset:
+            raise ValueError(f"--preset {preset}: {path} is a checkpoint of train.py, which knows its own network; "
+                             f"leave --preset out")
+        try:
+            cfg = Config(**content["config"])
+        except TypeError as error:
+            raise ValueError(f"the configuration in {path} is of another version of this code ({error})") from None
+    elif preset:
+        cfg = config_from(preset, {})
+    else:
+        fits = [name for name in PRESETS if fit(weights, name)]
+        raise ValueError(f"{path} does not say which network it holds; pass --preset"
+                         + (f" {' or '.join(fits)}" if fits else ", though none of them has such weights"))
+    with torch.device("meta"):
+        model = diffit.build(cfg)
+    data.load_weights(model, weights, path, assign=True)
+    if rank_and_size()[0] == 0:
+        print(f"{path}: {kind} weights of {preset or 'a checkpoint of train.py'}", file=sys.stderr)
     return model.to(device or default_device()).eval().requires_grad_(False), cfg
+
+
+def fit(weights, preset):
+    """Are these the weights of the preset's network?"""
+    with torch.device("meta"):
+        model = diffit.build(PRESETS[preset])
+    try:
+        data.check_weights(model, weights, preset)
+    except ValueError:
+        return False
+    return True
+
+
+def open_vae(cfg):
+    """The VAE that cfg names, or None for networks of pixels. ValueError if it is needed and none is named."""
+    if cfg.in_channels == 3:
+        return None
+    if not cfg.vae:
+        raise ValueError(f"this network makes latents of {cfg.in_channels} channels; pass --vae FILE (sd-vae-ft-ema or "
+                         f"sd-vae-ft-mse, see the README) to make them into pictures")
+    vae = data.load_vae(cfg.vae, default_device())
+    if vae.post_quant_conv.in_channels != cfg.in_channels:
+        raise ValueError(f"--vae {cfg.vae} has latents of {vae.post_quant_conv.in_channels} channels, and this network "
+                         f"makes {cfg.in_channels}")
+    return vae
 
 
 # ---------------------------------------------------------------------------------------------
 # Generation
 
-def class_of(i, cfg, classes=None, seed=0):
-    """The label of image i: the classes in turn; without a list, all of them in a shuffled order."""
-    if not classes:
-        classes = np.random.default_rng(seed).permutation(cfg.num_classes)
-    return int(classes[i % len(classes)])
+def class_order(cfg, classes=None, seed=0):
+    """The classes that images 0, 1, 2, ... have in turn: those named, or all of them, shuffled."""
+    return list(classes or np.random.default_rng(seed).permutation(cfg.num_classes).tolist())
 
 
 @torch.no_grad()
-def generate(model, cfg, indices, classes=None, seed=0, batch=64):
+def generate(model, cfg, indices, classes=None, seed=0, batch=64, process=None):
     """Make the images with these indices, as cfg's sampling fields say: yields x (b, C, H, W) fp32 and labels y (b,),
-    or None without classes."""
+    or None without classes. process: another than the one that cfg describes."""
     device, shape = next(model.parameters()).device, (cfg.in_channels, cfg.input_size, cfg.input_size)
-    process = diffusion.build(cfg)
+    process, order = process or diffusion.build(cfg), class_order(cfg, classes, seed)
     levels = process.levels(cfg.steps)
     scale = diffusion.power_cosine(cfg.cfg, cfg.diffusion_steps) if cfg.cfg_schedule == "power-cosine" else cfg.cfg
     if cfg.cfg_interval and cfg.cfg != 1:
@@ -243,15 +290,21 @@ def generate(model, cfg, indices, classes=None, seed=0, batch=64):
         def noise():
             return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
-        y = None
-        if cfg.num_classes:
-            y = torch.tensor([class_of(i, cfg, classes, seed) for i in chunk], device=device)
-        f = diffusion.guided(model, y, scale, cfg.cfg_channels or None)
+        y = torch.tensor([order[i % len(order)] for i in chunk], device=device) if cfg.num_classes else None
+        f = diffusion.guided(model, y, scale, cfg.cfg_channels or None, cfg.cfg_exact)
         options = {"ddpm": dict(noise=noise), "ddim": dict(noise=noise, eta=cfg.eta)}.get(cfg.sampler, {})
         sampler = getattr(diffusion, cfg.sampler)
         with autocast(cfg.precision, device):
             x = sampler(process, f, process.prior(noise(), levels[0]), levels, clip=cfg.clip, **options)
         yield x, y
+
+
+def pixels(x, cfg, vae=None):
+    """What a network made (b, C, H, W) -> pictures (b, height, width, 3) uint8."""
+    if vae is not None:
+        with autocast("fp32" if cfg.precision == "fp16" else cfg.precision, x.device):  # fp16 overflows in the VAE
+            x = vae.decode(x)
+    return data.to_uint8(x)
 
 
 def grid_columns(cfg, classes=None):
@@ -260,14 +313,105 @@ def grid_columns(cfg, classes=None):
     return count if 1 < count <= 16 else None
 
 
-def save_samples(model, cfg, path):
+def save_samples(model, cfg, path, vae=None):
     """The grid that training shows: always the same noise and classes. Four rows of classes, or 36 images, divided
     over the processes; rank 0 writes it."""
     n, (rank, size) = 4 * (grid_columns(cfg) or 9), rank_and_size()
-    mine = [data.to_uint8(x) for x, _ in generate(model, cfg, range(rank, n, size))]
+    mine = [pixels(x, cfg, vae) for x, _ in generate(model, cfg, range(rank, n, size))]
     parts = objects_from_all(np.concatenate(mine) if mine else None)
     images = np.stack([parts[i % size][i // size] for i in range(n)])
     on_rank_0(lambda: data.save_grid(images, path, grid_columns(cfg)))
+
+
+class Filmed:
+    """A process that keeps what a sampler shows it: x at each level, scaled to the size of a clean image."""
+
+    def __init__(self, process):
+        self.process, self.frames = process, {}
+
+    def __getattr__(self, name):
+        return getattr(self.process, name)
+
+    def predict(self, f, x, level, clip=False):
+        self.frames[level] = x / math.hypot(*self.process.scales(level))
+        return self.process.predict(f, x, level, clip)
+
+
+def save_film(model, cfg, path, n, vae=None, classes=None, seed=0):
+    """The way of images 0 to n - 1 from noise to clean, as an animated .gif of at most 31 frames."""
+    process = Filmed(diffusion.build(cfg))
+    (x, _), = generate(model, cfg, range(n), classes, seed, batch=n, process=process)
+    frames = list(process.frames.values())
+    frames = [frames[k] for k in diffusion.spaced(len(frames), min(30, len(frames)))] + [x]
+    data.save_film([pixels(x, cfg, vae) for x in frames], path, grid_columns(cfg, classes))
+
+
+# ---------------------------------------------------------------------------------------------
+# Many images: parts on the disk, each an .npy of consecutive images that its first index names. A run that was stopped
+# goes on with what is missing, with any number of processes.
+
+def open_parts(folder, settings):
+    """Make the folder, or accept the one that the same settings began (ValueError for others)."""
+    said, note = json.dumps(settings, indent=1), folder / "settings.json"
+    if note.exists() and note.read_text() != said:
+        theirs = json.loads(note.read_text())
+        differ = [f"{k} is {theirs.get(k)} there and {v} here" for k, v in json.loads(said).items() if v != theirs.get(k)]
+        raise ValueError(f"{folder} holds part of another run ({'; '.join(differ)[:300]}); remove it, or choose another "
+                         f"name")
+    folder.mkdir(exist_ok=True)
+    with data.written_whole(note) as temporary:
+        temporary.write_text(said)
+
+
+def stored(folder):
+    """(first index, images (b, height, width, 3) uint8, memory-mapped) of each whole part, in order."""
+    for file in sorted(folder.glob("[0-9]*.npy")):
+        with contextlib.suppress(ValueError, OSError, EOFError):           # cut short: it will be made again
+            yield int(file.stem), np.load(file, mmap_mode="r")
+
+
+def missing(folder, n, batch):
+    """The spans [(first, end)] of at most `batch` images that no part holds yet, of 0 to n."""
+    ends = [(first, first + len(images)) for first, images in stored(folder)] + [(n, n)]
+    gaps = zip([0] + [end for _, end in ends], (min(first, n) for first, _ in ends))
+    return [(k, min(k + batch, high)) for low, high in gaps for k in range(low, high, batch)]
+
+
+def make_parts(model, cfg, vae, folder, n, classes=None, seed=0, batch=64):
+    """Images 0 to n - 1 into the folder, divided over the processes."""
+    (rank, size), spans = rank_and_size(), on_rank_0(lambda: missing(folder, n, batch))
+    left, start = sum(end - first for first, end in spans), time.time()
+    done = before = n - left
+    for k in range(0, len(spans), size):
+        for first, end in spans[k + rank:k + rank + 1]:
+            (x, _), = generate(model, cfg, range(first, end), classes, seed, batch)
+            with data.written_whole(folder / f"{first:08}.npy") as temporary, open(temporary, "wb") as file:
+                np.save(file, pixels(x, cfg, vae))
+        from_all(torch.zeros(1, device=default_device()))                  # in step, so that nobody waits long at the end
+        done += sum(end - first for first, end in spans[k:k + size])
+        if rank == 0:
+            data.live_line(f"{done} of {n} images, {(done - before) / (time.time() - start):.2f} images/s")
+    if rank == 0:
+        data.live_line("\n")
+
+
+def images_of(folder, n):
+    """The first n images of the folder, a part at a time."""
+    for first, images in stored(folder):
+        yield images[:max(0, n - first)]
+
+
+def save_npz(folder, n, labels, path):
+    """As ADM's evaluator reads it, arr_0 (n, height, width, 3) uint8 and arr_1 (n,), without holding it in memory."""
+    with data.written_whole(path) as temporary, zipfile.ZipFile(temporary, "w") as out:
+        with out.open("arr_0.npy", "w", force_zip64=True) as file:
+            shape = (n, *next(images_of(folder, n)).shape[1:])
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for images in images_of(folder, n):
+                file.write(images.tobytes())
+        if labels is not None:
+            with out.open("arr_1.npy", "w") as file:
+                np.save(file, labels)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -310,9 +454,10 @@ def recognised(images, labels, seed=0):
 # python sample.py
 
 GRID = 400                            # images that a grid shows at the most
+FILM = 16                             # and a film
 # The fields of Config that a sampler goes by, and that may differ from those of training.
 SAMPLING = ["sampler", "steps", "eta", "clip", "sigma_min", "sigma_max", "rho",
-            "cfg", "cfg_schedule", "cfg_channels", "cfg_interval", "precision"]
+            "cfg", "cfg_schedule", "cfg_channels", "cfg_interval", "cfg_exact", "vae", "precision"]
 
 
 def parse_classes(text, cfg):
@@ -333,55 +478,68 @@ def parse_classes(text, cfg):
 
 def check_outputs(args):
     """Before the work: every place that is to be written can be, and holds nothing yet. Fills in args.out."""
-    if not (args.out or args.dir or args.npz or args.score):
+    if not (args.out or args.dir or args.npz or args.gif or args.score):
         names = (f"samples{k}.png" for k in [""] + [f"-{k}" for k in range(2, 10_000)])
         args.out = next(name for name in names if not os.path.exists(name))
-    for flag, path, endings in [("--out", args.out, (".png", ".jpg", ".webp")), ("--npz", args.npz, (".npz",))]:
+    for flag, path, endings in [("--out", args.out, (".png", ".jpg", ".webp")), ("--npz", args.npz, (".npz",)),
+                                ("--gif", args.gif, (".gif",)), ("--dir", args.dir, ("",))]:
         if path and not path.lower().endswith(endings):
             raise ValueError(f"{flag} {path} must end in {' or '.join(endings)}")
-        if path and os.path.exists(path):
+        if path and os.path.exists(path) and not (flag == "--dir" and os.path.isdir(path) and not os.listdir(path)):
             raise ValueError(f"{flag} {path} exists; remove it or choose another name")
         if path and not Path(path).parent.is_dir():
             raise ValueError(f"{flag} {path}: the folder {Path(path).parent} does not exist; make it first")
-    if args.dir and os.path.exists(args.dir) and (not os.path.isdir(args.dir) or os.listdir(args.dir)):
-        raise ValueError(f"--dir {args.dir} exists and is not an empty folder; choose another name")
-    if args.dir and not Path(args.dir).parent.is_dir():
-        raise ValueError(f"--dir {args.dir}: the folder {Path(args.dir).parent} does not exist; make it first")
+
+
+@contextlib.contextmanager
+def parts_folder(args, settings):
+    """Where the parts go: beside the .npz or the folder that they become, until that is whole, so that the same command
+    goes on after a kill; for anything else, in a place that does not outlast this run. settings() -> what they depend
+    on."""
+    lasting, first = args.npz or args.dir, rank_and_size()[0] == 0
+    if lasting:
+        folder = Path(f"{lasting.rstrip('/')}.parts")
+        on_rank_0(lambda: open_parts(folder, settings()))
+        yield folder
+        if first:
+            shutil.rmtree(folder)
+        return
+    folder = on_rank_0(lambda: tempfile.mkdtemp(prefix=".samples-", dir=Path(args.out or ".").parent))
+    try:
+        yield Path(folder)
+    finally:
+        if first:
+            shutil.rmtree(folder)
 
 
 def main():
-    parser = Parser(prog="sample.py", description="Make images from a checkpoint of train.py, and score them.")
-    parser.add_argument("--ckpt", metavar="FILE", help="a checkpoint; it knows its network and sampler")
+    parser = Parser(prog="sample.py", description="Make images from a checkpoint of train.py, or from published "
+                                                  "weights, and score them.")
+    parser.add_argument("--ckpt", metavar="FILE", help="a checkpoint of train.py, or published weights")
+    parser.add_argument("--preset", default="", help="the network, for published weights and for --bench alone")
     parser.add_argument("--bench", type=int, nargs="?", const=3, metavar="N",
                         help="only time N batches (default 3), with --ckpt or with the untrained network of --preset")
-    parser.add_argument("--preset", default="shapes", help="for --bench without --ckpt")
     parser.add_argument("--n", type=int, default=64, help="how many images")
     parser.add_argument("--classes", metavar="207,360|all", help="classes, in turn (default: all, shuffled)")
     parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone")
     parser.add_argument("--batch", type=int, default=64, help="images at a time")
     parser.add_argument("--raw", action="store_true", help="the optimizer's weights instead of their moving average")
-    parser.add_argument("--out", metavar="PNG", help="a grid of the first 400 (default samples.png)")
+    parser.add_argument("--out", metavar="PNG", help=f"a grid of the first {GRID} (default samples.png)")
     parser.add_argument("--dir", metavar="DIR", help="a folder for one PNG each")
     parser.add_argument("--npz", metavar="FILE", help="as ADM's evaluator reads it: arr_0 uint8 NHWC, arr_1 labels")
+    parser.add_argument("--gif", metavar="FILE", help=f"a film of the first {FILM} on their way from noise")
     parser.add_argument("--score", choices=["shapes"], help="let a classifier, trained on the spot, name them")
     parser.add_config(SAMPLING)
     args = parser.parse_args()
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    except torch.OutOfMemoryError:
-        parser.error(f"out of GPU memory; pass a --batch below {args.batch}")
-    except KeyboardInterrupt:
-        parser.exit(130, "\nsample.py: stopped\n")
+    run_command(parser, lambda: run(args), f"pass a --batch below {args.batch}", "the same command goes on")
 
 
 def bench(args, given):
-    """Time the sampling of args.bench batches, after a warm-up of one."""
+    """Time the sampling of args.bench batches, after a warm-up of one. Latents stay latents."""
     if args.ckpt:
-        model, cfg = load_model(args.ckpt, args.raw)
+        model, cfg = load_model(args.ckpt, args.preset, args.raw)
     else:
-        cfg = config_from(args.preset, {})
+        cfg = config_from(args.preset or "shapes", {})
         model = diffit.build(cfg).to(default_device()).eval().requires_grad_(False)
     cfg, device, calls = dataclasses.replace(cfg, **given), next(model.parameters()).device, []
     model.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
@@ -403,46 +561,56 @@ def run(args):
     for flag in ("n", "batch", "bench"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise ValueError(f"--{flag} {getattr(args, flag)}: give a number from 1")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed}: give a number from 0")
     if args.bench is not None:
         return bench(args, given)
     if not args.ckpt:
-        raise ValueError("pass --ckpt FILE, the checkpoint to sample from; train.py writes last.pt into its folder")
+        raise ValueError("pass --ckpt FILE: a checkpoint (train.py writes last.pt into its folder) or published weights")
     check_outputs(args)
-    model, cfg = load_model(args.ckpt, args.raw)
+    model, cfg = load_model(args.ckpt, args.preset, args.raw)
     cfg = dataclasses.replace(cfg, **given)
-    if cfg.in_channels != 3:
-        raise ValueError(f"{args.ckpt} makes latents of {cfg.in_channels} channels, which are no pictures")
+    vae = open_vae(cfg)
     if args.score and cfg.num_classes != 10:
         raise ValueError(f"--score shapes needs a network with the ten classes of shapes; {args.ckpt} has "
                          f"{cfg.num_classes}")
     classes = parse_classes(args.classes, cfg) if args.classes else None
+    first = rank_and_size()[0] == 0
 
+    def settings():
+        return {**dataclasses.asdict(cfg), "weights": data.file_hash(args.ckpt), "raw": args.raw, "seed": args.seed,
+                "classes": classes, "vae_weights": data.file_hash(cfg.vae) if vae else ""}
+
+    if args.out or args.dir or args.npz or args.score:
+        with parts_folder(args, settings) as folder:
+            make_parts(model, cfg, vae, folder, args.n, classes, args.seed, args.batch)
+            leave_processes()                                              # the rest is for one, and may take its time
+            if first:
+                write(args, cfg, folder, classes)
+    if args.gif and first:
+        save_film(model, cfg, args.gif, min(args.n, FILM), vae, classes, args.seed)
+        print(f"wrote {args.gif}")
+
+
+def write(args, cfg, folder, classes):
+    """Make of the parts what was asked for."""
+    order = class_order(cfg, classes, args.seed)
+    labels = np.array([order[i % len(order)] for i in range(args.n)]) if order else None
     if args.dir:
         Path(args.dir).mkdir(exist_ok=True)
-    images, labels, done, start = [], [], 0, time.time()
-    for x, y in generate(model, cfg, range(args.n), classes, args.seed, args.batch):
-        images.append(data.to_uint8(x))
-        labels += [] if y is None else y.tolist()
-        if args.dir:
-            for i, image in enumerate(images[-1], start=done):
-                data.save_image(Image.fromarray(image), f"{args.dir}/{i:06d}.png")
-        done += len(x)
-        data.live_line(f"{done} of {args.n} images, {done / (time.time() - start):.1f} images/s")
-    data.live_line("\n")
-    images = np.concatenate(images)
-
-    if args.npz:
-        with data.written_whole(args.npz) as temporary, open(temporary, "wb") as file:
-            np.savez(file, images, **({"arr_1": np.array(labels)} if labels else {}))
+        for i, image in enumerate(image for images in images_of(folder, args.n) for image in images):
+            data.save_image(Image.fromarray(image), f"{args.dir}/{i:06d}.png")
     if args.out:
-        data.save_grid(images[:GRID], args.out, grid_columns(cfg, classes))
-    for path in filter(None, (args.out, args.dir, args.npz)):
-        print(f"wrote {path}")
+        data.save_grid(np.concatenate(list(images_of(folder, min(args.n, GRID)))), args.out, grid_columns(cfg, classes))
     if args.score:
-        share, real = recognised(images, labels)
+        share, real = recognised(np.concatenate(list(images_of(folder, args.n))), labels)
         print(f"{100 * share:.1f} % of {args.n} samples named right by a classifier that names {100 * real:.1f} % of "
               f"real shapes right; {'raw' if args.raw else 'EMA'} weights of {args.ckpt}, {cfg.sampler}, "
               f"{cfg.steps} steps, guidance {cfg.cfg:g}, seed {args.seed}")
+    if args.npz:                                                           # last: it stands for a run that is complete
+        save_npz(folder, args.n, labels, args.npz)
+    for path in filter(None, (args.out, args.dir, args.npz)):
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

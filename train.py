@@ -146,14 +146,14 @@ def learning_rate(cfg, images):
 
 
 class Trainer:
-    """All that training changes, and the step that changes it. weights: a state_dict to begin with."""
+    """All that training changes, and the step that changes it. weights: a state_dict, or part of one, to begin with."""
 
     def __init__(self, cfg, device, weights=None):
         self.cfg, self.device, (rank, size) = cfg, device, sample.rank_and_size()
         torch.manual_seed(cfg.seed)
         self.model = diffit.build(cfg)                                     # on the CPU: the same on every machine
         if weights:
-            self.model.load_state_dict(weights)
+            self.model.load_state_dict({**self.model.state_dict(), **weights})
         self.model.to(device).train()
         self.parameters = list(self.model.parameters())
         self.averager = GradientAverager(self.parameters)                  # from here on, weights are rank 0's
@@ -187,7 +187,7 @@ class Trainer:
         cfg, images, columns = self.cfg, step * self.cfg.batch_size, []    # images seen before this step
         for k in self.mine:
             x, y, _ = next(batches)
-            x = x.to(self.device, non_blocking=True).float() / 127.5 - 1   # (b, C, H, W) in [-1, 1]
+            x = data.to_network(x.to(self.device, non_blocking=True))      # (b, C, H, W), pixels in [-1, 1]
             y = y.to(self.device, non_blocking=True) if cfg.num_classes else None
             torch.manual_seed(sample.seed_from(cfg.seed, step, k))
             t, weight = self.draw(len(x))
@@ -277,7 +277,7 @@ def load_checkpoint(path, cfg, trainer, progress):
     refuse_another_run(state["config"], cfg, path)
     for name, part in trainer.parts().items():
         if isinstance(part, torch.nn.Module):
-            sample.load_weights(part, state[name], path)
+            data.load_weights(part, state[name], path)
         elif state[name]:                                                  # {}: the part was not in use
             part.load_state_dict(state[name])
     progress.load(state["progress"])
@@ -539,10 +539,11 @@ def agree(stop, feed, device):
     return int(said[0].max()), failed
 
 
-def train(cfg, dataset, out, weights=None, device=None):
+def train(cfg, dataset, out, weights=None, device=None, vae=None):
     """Train cfg on dataset in the folder out, from the start or from its newest checkpoint -> None when complete, or
-    the number of the signal that stopped it. weights: a state_dict to begin with. ValueError past 1 % unreadable
-    images, or after 10 steps in a row without finite gradients."""
+    the number of the signal that stopped it. weights: a state_dict to begin with. vae: makes the sample grids of a
+    latent network, which has none without. ValueError past 1 % unreadable images, or after 10 steps in a row without
+    finite gradients."""
     device, out, batch = device or sample.default_device(), Path(out), cfg.batch_size
     trainer, progress, start, good = Trainer(cfg, device, weights), Progress(cfg, out, device, dataset), 0, None
     found = sample.on_rank_0(lambda: newest(out))
@@ -579,7 +580,8 @@ def train(cfg, dataset, out, weights=None, device=None):
 
         name = f"{done * batch // 1000:06}"                                # in kimg
         if passed(cfg.sample_kimg):                                        # first: a run killed here does it again
-            sample.save_samples(trainer.ema.model, cfg, out / f"samples-{name}.png")
+            if vae or cfg.in_channels == 3:
+                sample.save_samples(trainer.ema.model, cfg, out / f"samples-{name}.png", vae)
             sample.on_rank_0(lambda: draw_curves(progress.log, out / "loss.png"))
         if passed(cfg.save_kimg) or passed(cfg.sample_kimg) or stopped:
             stays = out / f"{name}.pt" if passed(cfg.save_kimg) else None
@@ -622,10 +624,13 @@ def open_data(cfg):
     """The data set that cfg names. ValueError if the network cannot take what it holds."""
     if not cfg.data:
         raise ValueError(f"this preset has no data of its own; pass --data: {data.KINDS}")
-    if cfg.in_channels != 3:
-        raise ValueError(f"--data {cfg.data}: pictures have 3 channels, and this network takes {cfg.in_channels} "
-                         f"(latents)")
     dataset = data.open_dataset(cfg.data, cfg.input_size)
+    if isinstance(dataset, data.Latents) and dataset.channels != cfg.in_channels:
+        raise ValueError(f"{cfg.data} holds latents of {dataset.channels} channels, and this network takes "
+                         f"{cfg.in_channels}")
+    if not isinstance(dataset, data.Latents) and cfg.in_channels != 3:
+        raise ValueError(f"{cfg.data} holds pictures, and this network takes latents; make them with: python data.py "
+                         f"latents {cfg.data} latents.safetensors --vae FILE --size {8 * cfg.input_size}")
     if cfg.num_classes and dataset.labels is None:
         raise ValueError(f"{cfg.data} has no labels, and this network has {cfg.num_classes} classes; sort the images "
                          f"into sub-folders, or pass --num-classes 0")
@@ -633,6 +638,48 @@ def open_data(cfg):
         raise ValueError(f"{cfg.data} has a label {dataset.labels.max()}, and this network has the classes 0 to "
                          f"{cfg.num_classes - 1}; pass --num-classes {dataset.labels.max() + 1}")
     return dataset
+
+
+def open_vae(cfg, dataset):
+    """The VAE for sample grids of latents, or None. ValueError if another made the latents."""
+    if not cfg.vae:
+        return None
+    theirs, ours = dataset.header["vae"], data.file_hash(cfg.vae) if os.path.isfile(cfg.vae) else ""
+    if ours and ours != theirs:
+        raise ValueError(f"--vae {cfg.vae} (SHA-256 {ours}...) is not the one that made {cfg.data} ({theirs}...); pass "
+                         f"that one, or none and go without sample grids")
+    return sample.open_vae(cfg)
+
+
+def adapted(weights, network, path):
+    """Weights of a network with other classes, or for another resolution, as far as they fit this one, and sentences
+    that say what was done: a label table of another size begins anew; so does the table of positions; the relative
+    position bias is interpolated. ValueError if anything else differs."""
+    own, weights, done = network.state_dict(), dict(weights), []
+
+    def differs(name):
+        return (own[name].shape if name in own else None) != (weights[name].shape if name in weights else None)
+
+    labels = "y_embedder.embedding_table.weight"
+    if differs(labels):
+        before, now = (len(table[labels]) - 1 if labels in table else 0 for table in (weights, own))
+        done.append(f"{before} classes there and {now} here: the label table begins anew")
+        weights.pop(labels, None)
+    if "pos_embed" in own and differs("pos_embed"):
+        done.append(f"positions are made anew for {own['pos_embed'].shape[1]} tokens")
+        weights.pop("pos_embed", None)
+    tables = [n for n in own if n.endswith("relative_position_bias_table") and n in weights and differs(n)]
+    for name in tables:
+        (rows, heads), (before, theirs) = own[name].shape, weights[name].shape
+        side, size = math.isqrt(before), math.isqrt(rows)                  # 2 w - 1 offsets each way; 0 stays 0
+        if heads == theirs and side ** 2 == before:
+            table = weights[name].float().T.reshape(1, heads, side, side)
+            table = torch.nn.functional.interpolate(table, (size, size), mode="bilinear", align_corners=True)
+            weights[name] = table.view(heads, rows).T.contiguous()
+    if tables:
+        done.append(f"{len(tables)} tables of relative position bias are interpolated")
+    data.check_weights(network, {**{n: own[n] for n in own if n in (labels, "pos_embed")}, **weights}, path)
+    return weights, done
 
 
 def check_machine(cfg, device):
@@ -661,31 +708,13 @@ def main():
     parser = Parser(prog="train.py", description="Train a network; the same command again resumes.")
     parser.add_argument("--preset", default="shapes", help="python configs.py lists them")
     parser.add_argument("--out", metavar="DIR", help="where everything goes (default runs/PRESET)")
-    parser.add_argument("--init-from", metavar="CKPT", help="begin with the EMA weights of this checkpoint")
+    parser.add_argument("--init-from", metavar="CKPT", help="begin with the EMA weights of this checkpoint, or published ones")
     parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
     parser.add_argument("--bench", type=int, nargs="?", const=20, metavar="N", help="only time N steps (default 20)")
     parser.add_config()
     args = vars(parser.parse_args())
-    try:
-        sample.join_processes()
-        stopped = run(args)
-        sample.leave_processes()
-    except (ValueError, OSError) as error:
-        if getattr(error, "shared", False) and sample.rank_and_size()[0]:
-            sys.exit(2)                                                    # rank 0 says it for all
-        parser.exit(2, f"\n{parser.prog}: {error}\n")
-    except torch.OutOfMemoryError:
-        parser.exit(2, f"\n{parser.prog}: out of GPU memory; pass a smaller --micro-batch, or --checkpoint-blocks\n")
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        parser.exit(2, f"\n{parser.prog}: rank {sample.rank_and_size()[0]} lost the other processes "
-                       f"({str(error).splitlines()[0][:160]}); the same command, without --overwrite, goes on from the "
-                       f"last checkpoint\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"\n{parser.prog}: stopped\n")
-    if stopped:
-        sys.exit(128 + stopped)
+    sample.run_command(parser, lambda: run(args), "pass a smaller --micro-batch, or --checkpoint-blocks",
+                       "the same command, without --overwrite, goes on from the last checkpoint")
 
 
 def run(args):
@@ -701,16 +730,19 @@ def run(args):
             raise ValueError(f"--bench {n}: give a number from 1")
         return bench(cfg, device, n)
     dataset = open_data(cfg)
+    vae = open_vae(cfg, dataset)
     with torch.device("meta"):
         network = diffit.build(cfg)                                        # do the sizes fit? no memory is taken
     if init_from and (overwrite or not (out / "last.pt").exists()):        # a run under way has weights of its own
-        weights = sample.read_checkpoint(init_from)["ema"]
-        sample.check_weights(network, weights, init_from)
-        weights = {key: value.clone() for key, value in weights.items()}   # --overwrite may remove the file
+        weights, kind = data.weights_in(data.read_file(init_from), init_from)
+        weights, done = adapted(weights, network, init_from)
+        weights = {name: value.clone() for name, value in weights.items() if name in network.state_dict()}  # --overwrite
+        if first:                                                          # may remove the file
+            say("; ".join([f"beginning with the {kind} weights of {init_from}", *done]))
     sample.on_rank_0(lambda: open_folder(out, cfg, overwrite))             # nothing is written before this line
     if first:
         describe(name, cfg, network, dataset, device)
-    stopped = train(cfg, dataset, out, weights, device)
+    stopped = train(cfg, dataset, out, weights, device, vae)
     if stopped and first:
         say(f"\nstopped by {signal.Signals(stopped).name} and saved; the same command goes on from here"
             + (", without --overwrite" if overwrite else ""))
