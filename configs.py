@@ -71,7 +71,7 @@ class Config:
     cfg: float = 1.0                  # guidance scale; 1: none
     cfg_schedule: str = one_of("constant", "constant", "power-cosine")  # power-cosine: over timesteps (ddpm)
     cfg_channels: int = 0             # guide only the first channels; 0: all
-    cfg_exact: bool = False           # run the unguided half even where the scale is below 1.01
+    cfg_exact: bool = False           # run the unguided half even where the scale is within 0.01 of 1
     cfg_interval: tuple = ()          # guide only at noise levels sigma from LOW to HIGH; (): at all
     eta: float = 0.0                  # ddim's noise: 0 none, 1 as much as ddpm
     # Training

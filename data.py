@@ -70,43 +70,56 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 LONGEST_HEADER = 2 ** 24              # bytes; that of a network with a thousand tensors has about 2^17
 
 
-def read_safetensors(path):
-    """A .safetensors file (8 bytes of header length, a JSON header, raw tensors) -> {name: tensor}, metadata. The
-    tensors are the file itself, memory-mapped; what is written to them stays in this process. ValueError if the header
-    says anything that the file does not bear out."""
+def safetensors_layout(path):
+    """The header of a .safetensors file (8 bytes of its length, itself as JSON, then raw tensors) -> {name: (dtype,
+    shape, first byte)}, metadata. ValueError if it says anything that the file does not bear out."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         start = 8 + int.from_bytes(file.read(8), "little")
         if not 8 < start <= min(size, LONGEST_HEADER):
             raise ValueError(f"{path} is no safetensors file: of {size} bytes, its header would take {start - 8}")
         try:
-            header = dict(json.loads(file.read(start - 8)))
-        except (ValueError, TypeError, RecursionError):
-            raise ValueError(f"{path} is no safetensors file: its header is not a JSON object") from None
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    metadata, tensors, spans = header.pop("__metadata__", None) or {}, {}, []
+            header = json.loads(file.read(start - 8))
+        except (ValueError, RecursionError):
+            header = None
+    metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path} is no safetensors file: its header is not a JSON object as described there")
+    layout, spans = {}, []
     for name, said in header.items():
         try:
             dtype, shape, (begin, end) = DTYPES[said["dtype"]], said["shape"], said["data_offsets"]
-            whole = len(shape) <= 8 and all(type(n) is int and n >= 0 for n in [*shape, begin, end])
+            whole = isinstance(shape, list) and len(shape) <= 8 and all(
+                type(n) is int and 0 <= n <= size for n in [*shape, begin, end])
         except (KeyError, TypeError, ValueError):
             whole = False
         if not (whole and end - begin == math.prod(shape) * dtype.itemsize and start + end <= size):
             raise ValueError(f"{path} is damaged, or no safetensors file: it describes {name[:60]!r} as "
                              f"{str(said)[:120]}, and has {size - start} bytes of tensors")
+        layout[name] = dtype, shape, start + begin
         spans.append((begin, end, name))
-        if not end > begin:
-            tensors[name] = torch.empty(shape, dtype=dtype)
-        elif (start + begin) % dtype.itemsize:                             # no address for numbers of this size
-            raw = torch.frombuffer(mapped, dtype=torch.uint8, count=end - begin, offset=start + begin)
-            tensors[name] = raw.clone().view(dtype).view(shape)
-        else:
-            tensors[name] = torch.frombuffer(mapped, dtype=dtype, count=math.prod(shape),
-                                             offset=start + begin).view(shape)
     for (_, end, name), (begin, _, other) in itertools.pairwise(sorted(spans)):
         if begin < end:
             raise ValueError(f"{path} is damaged: its tensors {name[:60]!r} and {other[:60]!r} share bytes")
-    return tensors, metadata
+    return layout, metadata
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file: the file itself, memory-mapped; what is written to them stays in this
+    process. ValueError as above."""
+    layout, tensors = safetensors_layout(path)[0], {}
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    for name, (dtype, shape, at) in layout.items():
+        count = math.prod(shape)
+        if not count:
+            tensors[name] = torch.empty(shape, dtype=dtype)
+        elif at % dtype.itemsize:                                          # no address for numbers of this size
+            raw = torch.frombuffer(mapped, dtype=torch.uint8, count=count * dtype.itemsize, offset=at)
+            tensors[name] = raw.clone().view(dtype).view(shape)
+        else:
+            tensors[name] = torch.frombuffer(mapped, dtype=dtype, count=count, offset=at).view(shape)
+    return tensors
 
 
 def safetensors_header(tensors, metadata):
@@ -129,7 +142,7 @@ def read_file(path):
     with open(path, "rb") as file:
         head = file.read(9)
     if head[8:] == b"{" or str(path).endswith(".safetensors"):
-        return read_safetensors(path)[0]
+        return read_safetensors(path)
     try:
         zipped = zipfile.is_zipfile(path)                                  # else of before torch 1.6
         if zipped and any(entry.compress_type != zipfile.ZIP_STORED for entry in zipfile.ZipFile(path).infolist()):
@@ -144,19 +157,19 @@ def read_file(path):
 
 
 def weights_in(content, path, raw=False):
-    """What read_file gave -> {name: tensor}, and where they stood: "EMA" (an "ema" entry, which is preferred), "raw"
-    (a "model" or "state_dict" entry; with raw wanted), or "only" (the file is nothing else). Prefixes that wrappers
+    """What read_file gave -> {name: tensor}, and which they are: "EMA" (an "ema" entry, which is preferred), "raw"
+    (a "model" or "state_dict" entry; with raw wanted), or "plain" (the file holds nothing else). Prefixes that wrappers
     leave, module. and _orig_mod., are gone. ValueError if there are none."""
     entries = {key: content[key] for key in ("ema", "model", "state_dict") if isinstance(content.get(key), dict)}
     if raw:
         entries.pop("ema", None)
         if not entries:
             raise ValueError(f"{path} holds one set of weights, and no raw ones beside them; leave --raw out")
-    key, state = next(iter(entries.items()), ("only", content))
-    state = {name.replace("_orig_mod.", "").removeprefix("module."): value for name, value in state.items()}
-    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    key, state = next(iter(entries.items()), ("", content))
+    if not state or not all(isinstance(n, str) and isinstance(value, torch.Tensor) for n, value in state.items()):
         raise ValueError(f"{path} holds no weights (expected tensors by name, or such a dict under ema or model)")
-    return state, {"ema": "EMA", "only": "only"}.get(key, "raw")
+    state = {name.replace("_orig_mod.", "").removeprefix("module."): value for name, value in state.items()}
+    return state, {"ema": "EMA", "": "plain"}.get(key, "raw")
 
 
 def check_weights(model, state, path):
@@ -207,6 +220,14 @@ class VAE(nn.Module):
         """Pictures (B, 3, H, W) -> mean and log-variance (B, 4, H/8, W/8) of the encoder's Gaussian, not scaled."""
         mean, logvar = self.quant_conv(self.encoder(x)).float().chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
+
+    def fingerprint(self):
+        """16 digits that tell which latents it makes: of its encoder, not its decoder, nor of the file it came in."""
+        digest = hashlib.sha256()
+        for part in (self.encoder, self.quant_conv):
+            for value in part.state_dict().values():
+                digest.update(value.float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @classmethod
     def latent(cls, mean, logvar, noise=0.0):
@@ -333,7 +354,8 @@ def load_vae(path, device="cpu"):
     older = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     state = {".".join(older.get(part, part) for part in name.split(".")): value for name, value in state.items()}
     names = (f"encoder.down_blocks.{k}.resnets.0.conv1.weight" for k in itertools.count())
-    channels = tuple(len(state[name]) for name in itertools.takewhile(state.__contains__, names))
+    widths = [state[name] for name in itertools.takewhile(state.__contains__, names)]
+    channels = tuple(weight.shape[0] if weight.dim() == 4 else 0 for weight in widths)
     if not channels or any(width % 32 or not width for width in channels):
         raise ValueError(f"{path} is no VAE of Stable Diffusion; expected sd-vae-ft-ema or sd-vae-ft-mse")
     with torch.device("meta"):
@@ -549,29 +571,28 @@ class Latents:
     for. ValueError if it was made with another scale, or for another size."""
 
     def __init__(self, path, size):
-        self.path, self.size, self.tensors, self.class_names = str(path), size, None, []
-        tensors, self.header = self.open()
+        self.path, self.size, self.moments, self.class_names = str(path), size, None, []
+        self.layout, self.header = safetensors_layout(path)
         if self.header.get("format") != LATENTS:
             raise ValueError(f"{path} holds no latents; --data takes {KINDS}")
         if float(self.header["scale"]) != VAE.scale:
             raise ValueError(f"{path} was made for latents scaled by {self.header['scale']}, and here they are scaled "
                              f"by {VAE.scale}; make it again")
-        self.channels, grid = tensors["moments"].shape[3:5]
+        self.channels, grid = self.layout["moments"][1][3:5]
         if grid != size:
-            raise ValueError(f"{path} holds latents of {grid} x {grid} (of images of {self.header['size']} pixels), and "
-                             f"this network takes {size} x {size}; choose another preset, or make them with another "
-                             f"--size")
-        self.kept = np.flatnonzero(tensors["state"].numpy() == DONE)       # without the unreadable
-        labels = tensors["labels"].numpy()[self.kept]
+            raise ValueError(f"{path} holds latents of {grid} x {grid} (of images of {self.header['size']} pixels), "
+                             f"and this network takes {size} x {size}; choose another preset, or make them with "
+                             f"another --size")
+        self.kept = np.flatnonzero(self.open("state", np.uint8) == DONE)   # without the unreadable
+        labels = np.array(self.open("labels", np.int64))[self.kept]
         self.labels = None if (labels < 0).any() else labels
 
-    def open(self):
-        if self.tensors is None:
-            self.tensors = read_safetensors(self.path)
-        return self.tensors
+    def open(self, name, dtype):
+        _, shape, at = self.layout[name]
+        return np.memmap(self.path, dtype, "r", at, tuple(shape))
 
     def __getstate__(self):
-        return {**self.__dict__, "tensors": None}                          # a worker maps the file itself
+        return {**self.__dict__, "moments": None}                          # a worker maps the file itself
 
     def __len__(self):
         return len(self.kept)
@@ -580,7 +601,9 @@ class Latents:
         return f"latent {self.kept[i]}"
 
     def example(self, i, mirrored, rng):
-        mean, logvar = self.open()[0]["moments"][self.kept[i], int(mirrored)].float()
+        if self.moments is None:
+            self.moments = self.open("moments", np.float16)
+        mean, logvar = torch.from_numpy(self.moments[self.kept[i], int(mirrored)].astype(np.float32))
         return VAE.latent(mean, logvar, torch.from_numpy(rng.standard_normal(mean.shape, np.float32)))
 
 
@@ -821,7 +844,7 @@ class Reader(torch.utils.data.Dataset):
         return [i for i, _ in good], [image for _, image in good], [item for item in items if item[2] is not None]
 
     @classmethod
-    def batches(cls, dataset, indices, batch, workers, form=lambda image: image):
+    def batches(cls, dataset, indices, batch, workers, form=np.asarray):
         """-> indices, pictures, [(index, name, reason)] of those that cannot be read, `batch` places at a time."""
         places = [indices[k:k + batch] for k in range(0, len(indices), batch)]
         return torch.utils.data.DataLoader(cls(dataset, form), batch_sampler=places, num_workers=workers,
@@ -839,10 +862,18 @@ def cache_latents(source, dest, vae_path, size, batch=8, workers=2, bf16=False):
     """The posterior of each picture and of its mirror image, as `Latents` reads it: fp16, of which a posterior's own
     spread hides the rounding. The same command again goes on where it was stopped.
 
-    All processes write to one file, DEST.partial, each its own places, and say nothing to each other: a place is
-    done when its state is set, and the one that finds nothing left to do gives the file its name."""
-    dest, rank, ranks = Path(dest), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
+    All processes (of one machine) write to one file, DEST.partial, each its own places, and say nothing to each other:
+    a place is done when its state is set, and the one that finds nothing left to do gives the file its name."""
+    rank, ranks, local_rank, local_ranks = (int(os.environ.get(name, default)) for name, default in (
+        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1))))
+    if ranks != local_ranks:
+        raise ValueError(f"{ranks} processes on several machines cannot write to one file; start them on one")
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda" and local_rank >= torch.cuda.device_count():
+        raise ValueError(f"there are {torch.cuda.device_count()} GPUs here, and this is process {local_rank + 1}; "
+                         f"start no more processes than GPUs")
+    torch.backends.cudnn.allow_tf32 = False                                # fp32 means fp32
+    dest = Path(dest)
     check_dest(dest, ".safetensors")
     vae = load_vae(vae_path, device)
     if size % vae.factor:
@@ -854,7 +885,7 @@ def cache_latents(source, dest, vae_path, size, batch=8, workers=2, bf16=False):
     header, starts = safetensors_header(
         {"moments": ("F16", (n, 2, 2, channels, grid, grid)),              # (plain or mirrored, mean or log-variance)
          "labels": ("I64", (n,)), "state": ("U8", (n,))},
-        {"format": LATENTS, "vae": file_hash(vae_path), "scale": str(VAE.scale), "size": str(size), "names": names})
+        {"format": LATENTS, "vae": vae.fingerprint(), "scale": str(VAE.scale), "size": str(size), "names": names})
     partial = dest.with_name(dest.name + ".partial")
     for path in (dest, partial):
         if path.exists() and not same_start(path, header):
@@ -863,34 +894,48 @@ def cache_latents(source, dest, vae_path, size, batch=8, workers=2, bf16=False):
     if dest.exists():
         print(f"{dest} is complete", file=sys.stderr)
         return
-    if not partial.exists():
+    if rank == 0 and not partial.exists():
         begin_file(partial, header, {starts["labels"]: np.full(n, -1) if dataset.labels is None else dataset.labels},
                    starts["state"] + n)
+    while not (partial.exists() or dest.exists()):
+        time.sleep(0.2)                                                    # rank 0 is about to
+    if dest.exists():                                                      # the others needed no help
+        return
     moments = np.memmap(partial, np.float16, "r+", starts["moments"], (n, 2, 2, channels, grid, grid))
     state = np.memmap(partial, np.uint8, "r+", starts["state"], (n,))
     chunks = [range(k, min(k + 64, n)) for k in range(0, n, 64)][rank::ranks]
     mine = [i for chunk in chunks for i in chunk if state[i] != DONE]
+    state[mine] = 0                                                        # what was unreadable may have been mended
     unreadable, start, before = Unreadable(dataset), time.time(), int((state == DONE).sum())
+    fresh, saved = [], time.time()
     for indices, images, bad in Reader.batches(dataset, mine, batch, workers):
         if indices:
             x = to_float(np.stack(images)).to(device)
             for mirrored, view in enumerate((x, x.flip(3))):
                 with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
                     moments[indices, mirrored] = torch.stack(vae.posterior(view), dim=1).cpu().numpy()
-            moments.flush()                                                # to the disk, before it counts as done
-            state[indices] = DONE
         state[[i for i, _, _ in bad]] = UNREADABLE
         unreadable.add([why for _, *why in bad])
-        done = int((state == DONE).sum())
-        if rank == 0:
-            live_line(f"{done} of {n} images, {(done - before) / (time.time() - start):.1f} images/s")
+        fresh += indices
+        if time.time() - saved > 5 or fresh[-1:] == mine[-1:]:
+            moments.flush()                                                # to the disk, before it counts as done
+            state[fresh], fresh, saved = DONE, [], time.time()
+            if rank == 0:
+                done = int((state == DONE).sum())
+                live_line(f"{done} of {n} images, {(done - before) / (time.time() - start):.1f} images/s")
+    moments.flush()
+    state[fresh] = DONE
     state.flush()
+    lost = [dataset.name(i) for i in np.flatnonzero(state == UNREADABLE)]
+    if state.all() and len(lost) > allowed(n):
+        raise ValueError(f"{len(lost)} of {n} images cannot be read, more than 1 %; mend or remove them: "
+                         + ", ".join(lost))
     if state.all() and partial.exists():
         with contextlib.suppress(FileNotFoundError):                       # another process was faster
             os.replace(partial, dest)
             live_line("\n")
             print(f"{dest}: latents of {int((state == DONE).sum())} images of {size} x {size}, "
-                  f"{int((state == UNREADABLE).sum())} unreadable images left out", file=sys.stderr)
+                  f"{len(lost)} unreadable images left out", file=sys.stderr)
 
 
 def same_start(path, header):
@@ -899,25 +944,15 @@ def same_start(path, header):
 
 
 def begin_file(path, header, parts, size):
-    """A file of this size: a header, arrays at their places, zeros. Of several processes that try, one succeeds."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(header)
-            for at, array in parts.items():
-                file.seek(at)
-                file.write(array.tobytes())
-            file.truncate(size)
-            if hasattr(os, "posix_fallocate"):                             # a full disk says so here, and not later
-                os.posix_fallocate(file.fileno(), 0, size)
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            pass
-        except OSError:                                                    # a file system without links
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """A file of this size: a header, arrays at their places, zeros."""
+    with written_whole(path) as temporary, open(temporary, "wb") as file:
+        file.write(header)
+        for at, array in parts.items():
+            file.seek(at)
+            file.write(array.tobytes())
+        file.truncate(size)
+        if hasattr(os, "posix_fallocate"):                                 # a full disk says so here, and not later
+            os.posix_fallocate(file.fileno(), 0, size)
 
 
 def main():
@@ -947,6 +982,8 @@ def main():
             cache_latents(args.source, args.dest, args.vae, args.size, args.batch, args.workers, args.bf16)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    except torch.OutOfMemoryError:
+        parser.error(f"out of GPU memory; pass a --batch below {args.batch}")
     except KeyboardInterrupt:
         parser.exit(130, "\ndata.py: stopped; the same command goes on\n" if args.command == "latents" else
                     "\ndata.py: stopped\n")

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -125,7 +126,7 @@ def on_rank_0(act):
         try:
             result = act()
         except (ValueError, OSError) as caught:
-            error = type(caught)(str(caught))
+            error = (OSError if isinstance(caught, OSError) else ValueError)(str(caught))
     result, error = objects_from_all((result, error))[0]
     if error:
         error.shared = True
@@ -224,7 +225,7 @@ def load_model(path, preset="", raw=False, device=None):
                              f"leave --preset out")
         try:
             cfg = Config(**content["config"])
-        except TypeError as error:
+        except (KeyError, TypeError) as error:
             raise ValueError(f"the configuration in {path} is of another version of this code ({error})") from None
     elif preset:
         cfg = config_from(preset, {})
@@ -235,8 +236,9 @@ def load_model(path, preset="", raw=False, device=None):
     with torch.device("meta"):
         model = diffit.build(cfg)
     data.load_weights(model, weights, path, assign=True)
+    model.provenance = f"{kind} weights of {path}"
     if rank_and_size()[0] == 0:
-        print(f"{path}: {kind} weights of {preset or 'a checkpoint of train.py'}", file=sys.stderr)
+        print(f"{model.provenance}, {preset or 'a checkpoint of train.py'}", file=sys.stderr)
     return model.to(device or default_device()).eval().requires_grad_(False), cfg
 
 
@@ -280,8 +282,10 @@ def generate(model, cfg, indices, classes=None, seed=0, batch=64, process=None):
     device, shape = next(model.parameters()).device, (cfg.in_channels, cfg.input_size, cfg.input_size)
     process, order = process or diffusion.build(cfg), class_order(cfg, classes, seed)
     levels = process.levels(cfg.steps)
-    scale = diffusion.power_cosine(cfg.cfg, cfg.diffusion_steps) if cfg.cfg_schedule == "power-cosine" else cfg.cfg
-    if cfg.cfg_interval and cfg.cfg != 1:
+    scale = cfg.cfg
+    if scale != 1 and cfg.cfg_schedule == "power-cosine":
+        scale = diffusion.power_cosine(scale, cfg.diffusion_steps)
+    if scale != 1 and cfg.cfg_interval:
         scale = diffusion.interval(scale, *cfg.cfg_interval, process)
     for first in range(0, len(indices), batch):
         chunk = indices[first:first + batch]
@@ -353,11 +357,13 @@ def save_film(model, cfg, path, n, vae=None, classes=None, seed=0):
 def open_parts(folder, settings):
     """Make the folder, or accept the one that the same settings began (ValueError for others)."""
     said, note = json.dumps(settings, indent=1), folder / "settings.json"
+    if folder.exists() and not note.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is where unfinished images would go, and holds something else; rename one of them")
     if note.exists() and note.read_text() != said:
         theirs = json.loads(note.read_text())
-        differ = [f"{k} is {theirs.get(k)} there and {v} here" for k, v in json.loads(said).items() if v != theirs.get(k)]
-        raise ValueError(f"{folder} holds part of another run ({'; '.join(differ)[:300]}); remove it, or choose another "
-                         f"name")
+        differ = "; ".join(f"{name} is {theirs.get(name)} there and {value} here"
+                           for name, value in json.loads(said).items() if value != theirs.get(name))
+        raise ValueError(f"{folder} holds part of another run ({differ[:300]}); remove it, or choose another name")
     folder.mkdir(exist_ok=True)
     with data.written_whole(note) as temporary:
         temporary.write_text(said)
@@ -366,7 +372,7 @@ def open_parts(folder, settings):
 def stored(folder):
     """(first index, images (b, height, width, 3) uint8, memory-mapped) of each whole part, in order."""
     for file in sorted(folder.glob("[0-9]*.npy")):
-        with contextlib.suppress(ValueError, OSError, EOFError):           # cut short: it will be made again
+        with contextlib.suppress(ValueError, EOFError):                    # cut short: it will be made again
             yield int(file.stem), np.load(file, mmap_mode="r")
 
 
@@ -378,19 +384,22 @@ def missing(folder, n, batch):
 
 
 def make_parts(model, cfg, vae, folder, n, classes=None, seed=0, batch=64):
-    """Images 0 to n - 1 into the folder, divided over the processes."""
-    (rank, size), spans = rank_and_size(), on_rank_0(lambda: missing(folder, n, batch))
-    left, start = sum(end - first for first, end in spans), time.time()
-    done = before = n - left
-    for k in range(0, len(spans), size):
-        for first, end in spans[k + rank:k + rank + 1]:
-            (x, _), = generate(model, cfg, range(first, end), classes, seed, batch)
-            with data.written_whole(folder / f"{first:08}.npy") as temporary, open(temporary, "wb") as file:
-                np.save(file, pixels(x, cfg, vae))
-        from_all(torch.zeros(1, device=default_device()))                  # in step, so that nobody waits long at the end
-        done += sum(end - first for first, end in spans[k:k + size])
+    """Images 0 to n - 1 into the folder, divided over the processes. These leave when done; rank 0 stays to the end."""
+    def left():
+        return sum(end - first for first, end in missing(folder, n, n))
+
+    (rank, size), began, start = rank_and_size(), left(), time.time()
+    batch = min(batch, max(1, math.ceil(began / size)))
+    for first, end in on_rank_0(lambda: missing(folder, n, batch))[rank::size]:
+        (x, _), = generate(model, cfg, range(first, end), classes, seed, batch)
+        with data.written_whole(folder / f"{first:08}.npy") as temporary, open(temporary, "wb") as file:
+            np.save(file, pixels(x, cfg, vae))
         if rank == 0:
-            data.live_line(f"{done} of {n} images, {(done - before) / (time.time() - start):.2f} images/s")
+            made = began - left()
+            data.live_line(f"{n - began + made} of {n} images, {made / (time.time() - start):.2f} images/s")
+    leave_processes()                                                      # the rest is for rank 0
+    while rank == 0 and left():                                            # however long the others take
+        time.sleep(0.5)
     if rank == 0:
         data.live_line("\n")
 
@@ -398,7 +407,8 @@ def make_parts(model, cfg, vae, folder, n, classes=None, seed=0, batch=64):
 def images_of(folder, n):
     """The first n images of the folder, a part at a time."""
     for first, images in stored(folder):
-        yield images[:max(0, n - first)]
+        if first < n:
+            yield np.array(images[:n - first])
 
 
 def save_npz(folder, n, labels, path):
@@ -477,7 +487,9 @@ def parse_classes(text, cfg):
 
 
 def check_outputs(args):
-    """Before the work: every place that is to be written can be, and holds nothing yet. Fills in args.out."""
+    """Before the work: every place that is to be written can be, and holds nothing yet, unless this is the same run
+    going on. Fills in args.out."""
+    going_on = parts_of(args) and (parts_of(args) / "settings.json").exists()
     if not (args.out or args.dir or args.npz or args.gif or args.score):
         names = (f"samples{k}.png" for k in [""] + [f"-{k}" for k in range(2, 10_000)])
         args.out = next(name for name in names if not os.path.exists(name))
@@ -485,24 +497,31 @@ def check_outputs(args):
                                 ("--gif", args.gif, (".gif",)), ("--dir", args.dir, ("",))]:
         if path and not path.lower().endswith(endings):
             raise ValueError(f"{flag} {path} must end in {' or '.join(endings)}")
-        if path and os.path.exists(path) and not (flag == "--dir" and os.path.isdir(path) and not os.listdir(path)):
+        empty = flag == "--dir" and os.path.isdir(path or "") and not os.listdir(path)
+        if path and os.path.exists(path) and not (empty or going_on):
             raise ValueError(f"{flag} {path} exists; remove it or choose another name")
         if path and not Path(path).parent.is_dir():
             raise ValueError(f"{flag} {path}: the folder {Path(path).parent} does not exist; make it first")
 
 
+def parts_of(args):
+    """The folder of parts beside the .npz, or the folder, that they become; None where neither is asked for."""
+    lasting = args.npz or args.dir
+    return Path(f"{lasting.rstrip('/')}.parts") if lasting else None
+
+
 @contextlib.contextmanager
 def parts_folder(args, settings):
-    """Where the parts go: beside the .npz or the folder that they become, until that is whole, so that the same command
-    goes on after a kill; for anything else, in a place that does not outlast this run. settings() -> what they depend
-    on."""
-    lasting, first = args.npz or args.dir, rank_and_size()[0] == 0
-    if lasting:
-        folder = Path(f"{lasting.rstrip('/')}.parts")
+    """Where the parts go until all that was asked for is whole. With --npz or --dir it stays after a kill, so that the
+    same command goes on; else it does not outlast this run. settings() -> what the images depend on."""
+    folder, first = parts_of(args), rank_and_size()[0] == 0
+    if folder:
         on_rank_0(lambda: open_parts(folder, settings()))
         yield folder
-        if first:
-            shutil.rmtree(folder)
+        if first:                                                          # settings.json last: it marks the folder
+            for file in [*folder.glob("*.npy"), *folder.glob(".*.tmp"), folder / "settings.json"]:
+                file.unlink()
+            folder.rmdir()
         return
     folder = on_rank_0(lambda: tempfile.mkdtemp(prefix=".samples-", dir=Path(args.out or ".").parent))
     try:
@@ -531,7 +550,9 @@ def main():
     parser.add_argument("--score", choices=["shapes"], help="let a classifier, trained on the spot, name them")
     parser.add_config(SAMPLING)
     args = parser.parse_args()
-    run_command(parser, lambda: run(args), f"pass a --batch below {args.batch}", "the same command goes on")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # as Ctrl-C: leave nothing behind
+    run_command(parser, lambda: run(args), f"pass a --batch below {args.batch}",
+                "with --npz or --dir, the same command goes on")
 
 
 def bench(args, given):
@@ -566,7 +587,8 @@ def run(args):
     if args.bench is not None:
         return bench(args, given)
     if not args.ckpt:
-        raise ValueError("pass --ckpt FILE: a checkpoint (train.py writes last.pt into its folder) or published weights")
+        raise ValueError("pass --ckpt FILE: a checkpoint (train.py writes last.pt into its folder), or published "
+                         "weights")
     check_outputs(args)
     model, cfg = load_model(args.ckpt, args.preset, args.raw)
     cfg = dataclasses.replace(cfg, **given)
@@ -584,15 +606,14 @@ def run(args):
     if args.out or args.dir or args.npz or args.score:
         with parts_folder(args, settings) as folder:
             make_parts(model, cfg, vae, folder, args.n, classes, args.seed, args.batch)
-            leave_processes()                                              # the rest is for one, and may take its time
             if first:
-                write(args, cfg, folder, classes)
+                write(args, cfg, folder, classes, model.provenance)
     if args.gif and first:
         save_film(model, cfg, args.gif, min(args.n, FILM), vae, classes, args.seed)
         print(f"wrote {args.gif}")
 
 
-def write(args, cfg, folder, classes):
+def write(args, cfg, folder, classes, provenance):
     """Make of the parts what was asked for."""
     order = class_order(cfg, classes, args.seed)
     labels = np.array([order[i % len(order)] for i in range(args.n)]) if order else None
@@ -605,9 +626,9 @@ def write(args, cfg, folder, classes):
     if args.score:
         share, real = recognised(np.concatenate(list(images_of(folder, args.n))), labels)
         print(f"{100 * share:.1f} % of {args.n} samples named right by a classifier that names {100 * real:.1f} % of "
-              f"real shapes right; {'raw' if args.raw else 'EMA'} weights of {args.ckpt}, {cfg.sampler}, "
+              f"real shapes right; {provenance}, {cfg.sampler}, "
               f"{cfg.steps} steps, guidance {cfg.cfg:g}, seed {args.seed}")
-    if args.npz:                                                           # last: it stands for a run that is complete
+    if args.npz:
         save_npz(folder, args.n, labels, args.npz)
     for path in filter(None, (args.out, args.dir, args.npz)):
         print(f"wrote {path}")

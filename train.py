@@ -641,14 +641,14 @@ def open_data(cfg):
 
 
 def open_vae(cfg, dataset):
-    """The VAE for sample grids of latents, or None. ValueError if another made the latents."""
+    """The VAE for sample grids of latents, or None. ValueError if one with another encoder made them."""
     if not cfg.vae:
         return None
-    theirs, ours = dataset.header["vae"], data.file_hash(cfg.vae) if os.path.isfile(cfg.vae) else ""
-    if ours and ours != theirs:
-        raise ValueError(f"--vae {cfg.vae} (SHA-256 {ours}...) is not the one that made {cfg.data} ({theirs}...); pass "
-                         f"that one, or none and go without sample grids")
-    return sample.open_vae(cfg)
+    vae = sample.open_vae(cfg)
+    if vae.fingerprint() != dataset.header["vae"]:
+        raise ValueError(f"--vae {cfg.vae} (its encoder: {vae.fingerprint()}) is not the one that made {cfg.data} "
+                         f"({dataset.header['vae']}); pass that one, or none and go without sample grids")
+    return vae
 
 
 def adapted(weights, network, path):
@@ -708,7 +708,8 @@ def main():
     parser = Parser(prog="train.py", description="Train a network; the same command again resumes.")
     parser.add_argument("--preset", default="shapes", help="python configs.py lists them")
     parser.add_argument("--out", metavar="DIR", help="where everything goes (default runs/PRESET)")
-    parser.add_argument("--init-from", metavar="CKPT", help="begin with the EMA weights of this checkpoint, or published ones")
+    parser.add_argument("--init-from", metavar="CKPT",
+                        help="begin with the EMA weights of this checkpoint, or with published ones")
     parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
     parser.add_argument("--bench", type=int, nargs="?", const=20, metavar="N", help="only time N steps (default 20)")
     parser.add_config()
@@ -736,8 +737,9 @@ def run(args):
     if init_from and (overwrite or not (out / "last.pt").exists()):        # a run under way has weights of its own
         weights, kind = data.weights_in(data.read_file(init_from), init_from)
         weights, done = adapted(weights, network, init_from)
-        weights = {name: value.clone() for name, value in weights.items() if name in network.state_dict()}  # --overwrite
-        if first:                                                          # may remove the file
+        own = network.state_dict()                                         # copied: --overwrite may remove the file
+        weights = {name: value.clone() for name, value in weights.items() if name in own}
+        if first:
             say("; ".join([f"beginning with the {kind} weights of {init_from}", *done]))
     sample.on_rank_0(lambda: open_folder(out, cfg, overwrite))             # nothing is written before this line
     if first:
