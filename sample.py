@@ -464,7 +464,7 @@ def recognised(images, labels, seed=0):
 # python sample.py
 
 GRID = 400                            # images that a grid shows at the most
-FILM = 16                             # and a film
+FILM = 20                             # and a film
 # The fields of Config that a sampler goes by, and that may differ from those of training.
 SAMPLING = ["sampler", "steps", "eta", "clip", "sigma_min", "sigma_max", "rho",
             "cfg", "cfg_schedule", "cfg_channels", "cfg_interval", "cfg_exact", "vae", "precision"]
