@@ -34,26 +34,31 @@ class Config:
     data: str = ""                    # what --data takes; "" where it must be passed
     vae: str = ""                     # file of the autoencoder that makes latents into pictures
     xflip: bool = False               # mirror half of the images
+    augment: float = 0.0              # probability of each of EDM's augmentations (pixels only)
     # Network
-    model: str = one_of("diffit", "diffit", "dit", "unet")
+    model: str = one_of("diffit", "diffit", "dit", "unet", "ddpmpp")
     input_size: int = 32              # height and width of x: pixels, or latents of 1/8 of the pixels
     in_channels: int = 3              # 3 for pixels, 4 for latents
     num_classes: int = 0              # 0: unconditional
     class_dropout_prob: float = 0.1   # share of labels replaced by "no class", for guidance
     learn_sigma: bool = False         # a second set of output channels for the variance (ddpm)
+    time_in: str = only("diffit unet ddpmpp", "qkv", "qkv", "token", "bias", "mlp", "none")  # diffit.py explains them
+    time_embedding: str = one_of("positional", "positional", "fourier", "none")
     num_heads: int = 4
     mlp_ratio: float = 4.0            # hidden width of the MLPs / width
     patch_size: int = only("diffit dit", 0)         # pixels or latents on a side of a token
     hidden_size: int = only("diffit dit", 0)        # width D
     depth: int = only("diffit dit", 0)              # blocks
     embed_gain: float = only("diffit dit", 1.0)     # of the tokens at the start of training: patches and positions
-    channels: tuple = only("unet", ())              # width at each resolution, finest first
-    blocks: tuple = only("unet", ())                # ResBlocks at each resolution
+    channels: tuple = only("unet ddpmpp", ())       # width at each resolution, finest first
+    blocks: tuple = only("unet ddpmpp", ())         # ResBlocks at each resolution
+    cond_size: int = only("unet ddpmpp", 512)       # width of the time token
+    dropout: float = only("unet ddpmpp", 0.0)
     window: int = only("unet", 8)                   # side of an attention window, tokens
-    cond_size: int = only("unet", 512)              # width of the time token
-    dropout: float = only("unet", 0.0)
+    encoder: str = only("unet", "diffit", "diffit", "plain", "vit")    # the halves of DiffiT Table 4
+    decoder: str = only("unet", "diffit", "diffit", "plain", "setr")
     # Process
-    process: str = one_of("ddpm", "ddpm", "edm")
+    process: str = one_of("ddpm", "ddpm", "edm", "vp", "ve")
     diffusion_steps: int = only("ddpm", 1000)       # T
     timesteps: str = only("ddpm", "uniform", "uniform", "loss-aware")  # how training draws them
     schedule: str = only("ddpm", "linear", "linear", "cosine")
@@ -61,9 +66,9 @@ class Config:
     sigma_data: float = only("edm", 0.5)            # standard deviation of the data
     p_mean: float = only("edm", -1.2)               # training noise: ln sigma ~ N(p_mean, p_std^2)
     p_std: float = only("edm", 1.2)
-    sigma_min: float = only("edm", 0.002)           # range and spacing of the sampler's sigmas
-    sigma_max: float = only("edm", 80.0)
-    rho: float = only("edm", 7.0)
+    sigma_min: float = only("edm vp ve", 0.002)     # range and spacing of the sampler's sigmas; range of ve in training
+    sigma_max: float = only("edm vp ve", 80.0)
+    rho: float = only("edm vp ve", 7.0)
     # Sampling
     sampler: str = one_of("ddpm", "ddpm", "ddim", "dpmpp", "heun")
     steps: int = 250                  # noise levels visited
@@ -74,6 +79,9 @@ class Config:
     cfg_exact: bool = False           # run the unguided half even where the scale is within 0.01 of 1
     cfg_interval: tuple = ()          # guide only at noise levels sigma from LOW to HIGH; (): at all
     eta: float = 0.0                  # ddim's noise: 0 none, 1 as much as ddpm
+    churn: float = only("edm vp ve", 0.0)           # noise that heun adds on the way (EDM's S_churn)
+    churn_interval: tuple = only("edm vp ve", ())   # at sigmas from LOW to HIGH (S_tmin, S_tmax); (): at all
+    churn_noise: float = only("edm vp ve", 1.0)     # and how much (S_noise)
     # Training
     kimg: float = 1000.0              # length, thousands of images
     batch_size: int = 256             # images a step, over all processes
@@ -84,6 +92,7 @@ class Config:
     beta2: float = 0.999              # Adam's second beta; the first is 0.9, eps 1e-8
     weight_decay: float = 0.0         # AdamW's, decoupled
     grad_clip: float = 0.0            # largest gradient norm; 0: no limit
+    nonfinite: str = one_of("skip", "skip", "zero")  # gradients that are no numbers: leave the step out, or set them to 0
     ema_decay: float = 0.0            # per step; 0: by half-life instead
     ema_halflife_kimg: float = 500.0
     ema_rampup: float = 0.05          # half-life at most this share of the images seen; 0: no ramp
@@ -109,7 +118,8 @@ class Config:
                 raise ValueError(f"{flag} has no meaning here: it belongs to {' and '.join(where)}, and this is {self.model} with {self.process}")
             if isinstance(value, (int, float)) and not (math.isfinite(value) and (value >= 0 or field.name == "p_mean")):
                 raise ValueError(f"{flag} {value} is out of range; it must be 0 or more")
-        sizes = ["channels", "blocks", "window", "cond_size"] if self.model == "unet" else ["patch_size", "hidden_size", "depth"]
+        sizes = (["patch_size", "hidden_size", "depth"] if self.model in ("diffit", "dit")
+                 else ["channels", "blocks", "cond_size"] + ["window"] * (self.model == "unet"))
         for name in sizes + ["input_size", "in_channels", "num_heads", "mlp_ratio", "steps", "kimg", "batch_size", "lr", "tick_kimg",
                              "sample_kimg", "save_kimg", "diffusion_steps", "sigma_data", "sigma_min", "sigma_max", "rho", "p_std"]:
             if not getattr(self, name) or (isinstance(getattr(self, name), tuple) and min(getattr(self, name)) < 1):
@@ -138,9 +148,22 @@ class Config:
             raise ValueError(f"--vae {self.vae} has no meaning here: this network makes pixels, not latents")
         if self.clip and self.in_channels != 3:
             raise ValueError("--clip is for pixels, which end at -1 and 1; this network makes latents, which do not")
-        if self.learn_sigma and self.process == "edm":
-            raise ValueError("--learn-sigma needs --process ddpm: EDM has no variance to learn")
-        if self.cfg_schedule == "power-cosine" and self.process == "edm":
+        if self.augment > 1 or (self.augment and self.in_channels != 3):
+            raise ValueError(f"--augment {self.augment} is a probability, from 0 to 1, for pixels (--in-channels 3)")
+        if self.churn and self.sampler != "heun":
+            raise ValueError(f"--churn {self.churn} is for --sampler heun, and this is {self.sampler}")
+        if self.churn_interval and not (len(self.churn_interval) == 2 and self.churn_interval[0] < self.churn_interval[1]):
+            raise ValueError(f"--churn-interval {self.churn_interval} must be two numbers, LOW,HIGH, the smaller one first")
+        if self.model == "ddpmpp" and self.time_in not in ("qkv", "none"):
+            raise ValueError(f"--time-in {self.time_in}: DDPM++ has its own attention (none) or TMSA (qkv)")
+        if self.model != "ddpmpp" and self.time_in == "none":
+            raise ValueError("--time-in none leaves these blocks without the label, too; for a network that is not told the time "
+                             "pass --time-embedding none")
+        if self.encoder == "vit" and self.decoder != "setr":
+            raise ValueError("--encoder vit gives features of one resolution, which only --decoder setr takes")
+        if self.learn_sigma and self.process != "ddpm":
+            raise ValueError("--learn-sigma needs --process ddpm: there is no other variance to learn")
+        if self.cfg_schedule == "power-cosine" and self.process != "ddpm":
             raise ValueError("--cfg-schedule power-cosine needs --process ddpm: it is a function of the timestep")
         if self.cfg_interval and not (len(self.cfg_interval) == 2 and self.cfg_interval[0] < self.cfg_interval[1]):
             raise ValueError(f"--cfg-interval {self.cfg_interval} must be two numbers, LOW,HIGH, the smaller one first")
@@ -149,9 +172,11 @@ class Config:
 
 
 # ---------------------------------------------------------------------------------------------
-# Presets. Where the sources disagree, the note says what was chosen.
+# Presets: every configuration of the DiffiT paper, DiT's, and ours. Where the sources disagree or say nothing, the note
+# says what was chosen.
 
 PRESETS, SOURCES = {}, {}             # name -> Config, name -> (source, reported FID or None)
+PAPER = {}                            # name -> (parameters in millions, GFLOPs) as the paper gives them
 
 
 def preset(name, source, fid, **fields):
@@ -165,31 +190,77 @@ preset("shapes", "this project", None, data="shapes", model="diffit", num_classe
        ema_halflife_kimg=3, ema_rampup=0.1, workers=1, tick_kimg=2, sample_kimg=26, save_kimg=130)
 
 # DiffiT, image space: Tables S.2, S.3. Blocks per resolution: S.2 and H.1 say 4; I.1 says 1,2,2,2 and 2. Heads: not said.
-# "Strictly follows EDM" (H.1): its process, ramp, EMA and dropout; iterations, batch and rate are DiffiT's.
-EDM_UNET = dict(model="unet", process="edm", sampler="heun", lr_rampup_kimg=10_000, ema_halflife_kimg=500, xflip=True, workers=4,
+# "Strictly follows EDM" (H.1): its process, augmentation, ramp, EMA and dropout; iterations, batch and rate are DiffiT's.
+EDM_UNET = dict(model="unet", process="edm", sampler="heun", lr_rampup_kimg=10_000, ema_halflife_kimg=500, nonfinite="zero", workers=4,
                 tick_kimg=50, sample_kimg=1000, save_kimg=5000)
-preset("cifar10", "DiffiT Table 1", 1.95, **EDM_UNET, input_size=32, channels=(128, 256, 256), blocks=(2, 2, 2), window=4,
-       dropout=0.13, steps=18, batch_size=512, lr=1e-3, kimg=102_400)
-preset("ffhq64", "DiffiT Table 1", 2.22, **EDM_UNET, input_size=64, channels=(128, 256, 256, 256), blocks=(4, 4, 4, 4), window=8,
-       dropout=0.05, steps=40, batch_size=256, lr=2e-4, kimg=51_200)
+cifar10 = dict(EDM_UNET, input_size=32, channels=(128, 256, 256), blocks=(2, 2, 2), window=4, dropout=0.13, augment=0.12, steps=18,
+               batch_size=512, lr=1e-3, kimg=102_400)
+ffhq64 = dict(EDM_UNET, input_size=64, channels=(128, 256, 256, 256), blocks=(4, 4, 4, 4), window=8, dropout=0.05, augment=0.15,
+              xflip=True, steps=40, batch_size=256, lr=2e-4, kimg=51_200)
+preset("cifar10",       "DiffiT Table 1", 1.95, **cifar10)
+preset("ffhq64",        "DiffiT Table 1", 2.22, **ffhq64)
+preset("cifar10-l4",    "DiffiT Table S.2, the other reading of L", None, **{**cifar10, "blocks": (4, 4, 4)})
+preset("ffhq64-l1222",  "DiffiT Table S.2, the other reading of L", None, **{**ffhq64, "blocks": (1, 2, 2, 2)})
+
+# Width of the time token / of the features; 512/256 is Table 1's. Features of 512: twice the width at every resolution.
+preset("cifar10-512-512", "DiffiT Table 3", 1.99, **{**cifar10, "channels": (256, 512, 512)})
+preset("cifar10-256-256", "DiffiT Table 3", 2.13, **{**cifar10, "cond_size": 256})
+preset("ffhq64-512-512",  "DiffiT Table 3", 2.27, **{**ffhq64, "channels": (256, 512, 512, 512)})
+preset("ffhq64-256-256",  "DiffiT Table 3", 2.41, **{**ffhq64, "cond_size": 256})
+
+# A to D; E is cifar10. ViT-12: its width and patch are not said, 512 and 2 here. Blocks without time keep their windows.
+preset("cifar10-a-vit-setr",     "DiffiT Table 4", 5.34, **{**cifar10, "encoder": "vit", "decoder": "setr", "blocks": (4, 4, 4),
+                                                            "channels": (128, 512, 512), "num_heads": 8})
+preset("cifar10-b-plain-setr",   "DiffiT Table 4", 4.64, **cifar10, encoder="plain", decoder="setr")
+preset("cifar10-c-plain-plain",  "DiffiT Table 4", 3.71, **cifar10, encoder="plain", decoder="plain")
+preset("cifar10-d-diffit-plain", "DiffiT Table 4", 2.27, **cifar10, decoder="plain")
+
+# Song et al. 2021's recipe for DDPM++; sampled as EDM does (what the paper did is not said).
+DDPMPP = dict(model="ddpmpp", num_heads=1, channels=(256, 256, 256), blocks=(4, 4, 4), dropout=0.1, xflip=True, sampler="heun", steps=18,
+              batch_size=128, lr=2e-4, lr_rampup_kimg=640, grad_clip=1.0, ema_decay=0.9999, kimg=166_400, workers=4, tick_kimg=50,
+              sample_kimg=1000, save_kimg=5000)
+VE = dict(process="ve", sigma_min=0.02, sigma_max=100.0)
+preset("ddpmpp-ve",      "DiffiT Table 5", 3.77, **DDPMPP, **VE, time_in="none")
+preset("ddpmpp-ve-tmsa", "DiffiT Table 5", 3.49, **DDPMPP, **VE)
+preset("ddpmpp-vp",      "DiffiT Table 5", 3.01, **DDPMPP, process="vp", time_in="none")
+preset("ddpmpp-vp-tmsa", "DiffiT Table 5", 2.76, **DDPMPP, process="vp")
+
+# F and G; H, time in q, k and v, is cifar10.
+preset("cifar10-f-time-bias", "DiffiT Table 6", 3.97, **cifar10, time_in="bias")
+preset("cifar10-g-time-mlp",  "DiffiT Table 6", 3.81, **cifar10, time_in="mlp")
+preset("cifar10-time-token",  "DiffiT Table 7", 2.28, **cifar10, time_in="token")
+preset("ffhq64-time-token",   "DiffiT Table 7", 2.59, **ffhq64, time_in="token")
+preset("cifar10-fourier",     "DiffiT Table 8", 2.02, **cifar10, time_embedding="fourier")
+preset("ffhq64-fourier",      "DiffiT Table 8", 2.37, **ffhq64, time_embedding="fourier")
+preset("cifar10-window2",     "DiffiT Fig. 8", None, **{**cifar10, "window": 2})  # 4 is cifar10
+preset("cifar10-window8",     "DiffiT Fig. 8", None, **{**cifar10, "window": 8})
+preset("ffhq64-window2",      "DiffiT Fig. 8", None, **{**ffhq64, "window": 2})   # 8 is ffhq64
+preset("ffhq64-window4",      "DiffiT Fig. 8", None, **{**ffhq64, "window": 4})
 
 # DiffiT, latent: Sec. 4.2. The text says 30 layers, the published weights and Table 9's 561M say 28. Length: Fig. 7b's 1000k steps.
 LATENT = dict(in_channels=4, num_classes=1000, learn_sigma=True, patch_size=2, hidden_size=1152, num_heads=16, ema_decay=0.9999,
               cfg_channels=3, workers=4, tick_kimg=50, sample_kimg=2000, save_kimg=10_000)
 imagenet256 = dict(LATENT, model="diffit", input_size=32, batch_size=256, lr=3e-4, kimg=256_000, cfg=4.4, cfg_schedule="power-cosine")
-preset("imagenet256",         "DiffiT Table 2, release", 1.73, **imagenet256, depth=28)
-preset("imagenet256-depth30", "DiffiT appendix H.2",     None, **imagenet256, depth=30)
-preset("imagenet512",         "DiffiT Table 2, release", 2.67, **LATENT, model="diffit", depth=28, input_size=64, batch_size=512, lr=1e-4,
+preset("imagenet256",         "DiffiT Tables 2, 9", 1.73, **imagenet256, depth=28)
+preset("imagenet512",         "DiffiT Table 2",     2.67, **LATENT, model="diffit", depth=28, input_size=64, batch_size=512, lr=1e-4,
        kimg=512_000, cfg=1.49)
+preset("imagenet256-depth30", "DiffiT appendix H.2", None, **imagenet256, depth=30)
+PAPER["imagenet256"] = PAPER["imagenet256-depth30"] = 561, 114
+PAPER["dit-xl-2"] = 675, 119
 
 # DiT: sizes from Table 1, training from Sec. 4: 400k steps of 256; XL/2 7M at 256 pixels, 3M at 512.
+DIT = dict(LATENT, xflip=True, lr=1e-4, cfg=1.5)
 for size, depth, width, heads in [("s", 12, 384, 6), ("b", 12, 768, 12), ("l", 24, 1024, 16), ("xl", 28, 1152, 16)]:
     for patch in (2, 4, 8):
         best = (size, patch) == ("xl", 2)
-        preset(f"dit-{size}-{patch}", "DiT Tables 1, 2" if best else "DiT Table 1", 2.27 if best else None,
-               **dict(LATENT, model="dit", xflip=True, depth=depth, hidden_size=width, num_heads=heads, patch_size=patch, lr=1e-4,
-                      kimg=1_792_000 if best else 102_400, cfg=1.5))
-preset("dit-xl-2-512", "DiT Table 3", 3.04, **LATENT, model="dit", xflip=True, depth=28, input_size=64, lr=1e-4, kimg=768_000, cfg=1.5)
+        preset(f"dit-{size}-{patch}", "DiT Table 1", 2.27 if best else None,
+               **{**DIT, "depth": depth, "hidden_size": width, "num_heads": heads, "patch_size": patch}, model="dit",
+               kimg=1_792_000 if best else 102_400)
+preset("dit-xl-2-512", "DiT Table 3", 3.04, **DIT, model="dit", depth=28, input_size=64, kimg=768_000)
+
+# DiT-XL/2 with its own modulation, or with TMSA in its place: DiffiT's blocks and head, DiT's training.
+preset("dit-xl-2-1000k",      "DiffiT Fig. 7b", None, **DIT, model="dit", depth=28, kimg=256_000)
+preset("dit-xl-2-1000k-tmsa", "DiffiT Fig. 7b", None, **DIT, model="diffit", depth=28, kimg=256_000)
 
 # CIFAR-100 in pixels: DiTs of about equal size, traded between width and depth; sampled in 250 steps.
 for width, depth, heads in [(450, 6, 9), (384, 12, 6), (440, 6, 8), (420, 6, 6), (512, 4, 8)]:
@@ -248,6 +319,11 @@ def config_from(name, given):
 # ---------------------------------------------------------------------------------------------
 # python configs.py
 
+NOTE = """Where counts and paper differ: 561M belongs to 28 layers, which the published weights have; the 30 of the text have 600.9M.
+DiffiT's 114 GFLOPs are the 118.5 counted here without the two products inside attention (28 x 2 x 256^2 x 1152 = 4.2);
+DiT's 119 has them."""
+
+
 def measure(cfg):
     """-> trained parameters, multiply-adds of one forward pass of one image, tokens; counted on the meta device."""
     import torch
@@ -264,12 +340,18 @@ def measure(cfg):
 
 def main():
     Parser(prog="configs.py", description="Print every preset.").parse_args()
-    print(f"{'preset':22}{'network':9}{'parameters':>11}{'GFLOPs':>9}{'tokens':>8}{'FID':>7}  source\n"
-          f"{'':42}(multiply-adds)  (reported)")
+    print(f"{'preset':24}{'network':9}{'parameters':>12}{'GFLOPs':>9}{'tokens':>8}{'FID':>7}   in the paper\n"
+          f"{'':44}(multiply-adds) (reported)")
+    heading = None
     for name, cfg in PRESETS.items():
         parameters, flops, tokens = measure(cfg)
         source, fid = SOURCES[name]
-        print(f"{name:22}{cfg.model:9}{parameters / 1e6:10.2f}M{flops / 1e9:9.2f}{tokens:8}{fid or '-':>7}  {source}")
+        if source != heading:
+            print(f"\n{source}")
+            heading = source
+        paper = "{}M, {} GFLOPs".format(*PAPER[name]) if name in PAPER else ""
+        print(f"{name:24}{cfg.model:9}{parameters / 1e6:11.2f}M{flops / 1e9:9.2f}{tokens:8}{fid or '-':>7}   {paper}")
+    print("\n" + NOTE)
 
 
 if __name__ == "__main__":

@@ -709,6 +709,70 @@ class Unreadable:
 
 
 # ---------------------------------------------------------------------------------------------
+# Augmentation for small data sets (EDM, App. F.2): by whole batches, where they are
+
+# The sym6 wavelet's low-pass filter. It is orthogonal to itself shifted by 2, so that what is brought to twice the
+# resolution and back, without a change between, is what it was.
+SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633, 0.4910559419267466,
+        0.787641141030194, 0.3379294217276218, -0.07263752278646252, -0.021060292512300564, 0.04472490177066578,
+        0.0017677118642428036, -0.007800708325034148)
+
+
+def augment(x, p):
+    """EDM's pipeline: a flip left to right for half of the images, and with probability p each a flip upside down, a
+    change of size 2^(0.2 n), a turn by any angle, a stretch of 2^(0.2 n) along one axis (any, half of the time) and as
+    much a squeeze across it, a shift of 0.125 n of the size. x (B, C, S, S) -> the same, and what was done, (B, 9):
+    flips, n of the size, cos - 1 and sin of the turn, n of the stretch times cos and sin of its axis, n of the shift."""
+    B, dtype, device = len(x), x.dtype, x.device
+
+    def draw(values, probability=p):
+        chosen = torch.rand(B, device=device) < probability
+        return torch.where(chosen.view(-1, *[1] * (values.dim() - 1)), values, 0)
+
+    def normal(*shape):
+        return torch.randn(B, *shape, device=device, dtype=dtype)
+
+    def angle():
+        return (torch.rand(B, device=device, dtype=dtype) * 2 - 1) * math.pi
+
+    flips = [draw(torch.randint(2, (B,), device=device), p * scale) for scale in (1e8, 1)]
+    size, turn, stretch, axis, shift = draw(normal()), draw(angle()), draw(normal()), draw(angle(), 0.5), draw(normal(2))
+    along = 2 ** (0.2 * stretch)
+    matrix = rotation(turn) @ rotation(-axis) @ torch.diag_embed(torch.stack([1 / along, along], 1)) @ rotation(axis)
+    x = transform(x, *flips, matrix / (2 ** (0.2 * size)).view(-1, 1, 1), 0.125 * x.shape[-1] * shift)
+    return x, torch.stack([*flips, size, turn.cos() - 1, turn.sin(), stretch * axis.cos(), stretch * axis.sin(),
+                           *shift.unbind(1)], 1).to(dtype)
+
+
+def rotation(angle):
+    """(B,) -> (B, 2, 2)"""
+    return torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
+
+
+def transform(x, flip_x, flip_y, matrix, shift):
+    """Mirror (B,) where told; then what comes to v (in pixels from the middle, x before y) is what was at matrix (B, 2,
+    2) times v - shift (B, 2). x (B, C, S, S). Reflected at its borders; taken between pixels at twice the resolution."""
+    x = torch.where(flip_x.bool().view(-1, 1, 1, 1), x.flip(3), x)
+    x = torch.where(flip_y.bool().view(-1, 1, 1, 1), x.flip(2), x)
+    B, C, S = x.shape[:3]
+    if not shift.any() and torch.equal(matrix, torch.eye(2).to(matrix).expand_as(matrix)):
+        return x
+    taps = len(SYM6)
+    side = 2 * S + taps - 2                                                # samples that the way down again needs
+    v = torch.arange(side, dtype=x.dtype, device=x.device) - (side - 1) / 2
+    v = torch.stack(torch.meshgrid(v, v, indexing="xy"), -1).view(1, -1, 2)  # (1, side^2, 2)
+    u = (v - 2 * shift[:, None]) @ matrix.mT                               # where each is taken from
+    margin = math.ceil((u.abs().max().item() - (side - 1) / 2) / 2)
+    margin = min(margin + taps // 4, S - 1) if margin > 0 else 0
+    x = F.pad(x, [margin] * 4, mode="reflect")
+    kernel = torch.tensor(SYM6, dtype=x.dtype, device=x.device).expand(C, 1, 1, taps)
+    x = F.conv_transpose2d(x, kernel, stride=(1, 2), groups=C)             # twice the width, then twice the height
+    x = F.conv_transpose2d(x, kernel.mT, stride=(2, 1), groups=C)
+    x = F.grid_sample(x, (2 * u / x.shape[-1]).view(B, side, side, 2), mode="bilinear", align_corners=False)
+    return F.conv2d(F.conv2d(x, kernel, stride=(1, 2), groups=C), kernel.mT, stride=(2, 1), groups=C)
+
+
+# ---------------------------------------------------------------------------------------------
 # Tensors to pictures
 
 def to_network(x):

@@ -3,10 +3,18 @@
 Every network is called model(x, t, y): x (B, C, H, W) noised images or latents, t (B,) what the
 process tells it of the noise (an integer timestep, or EDM's ln(sigma)/4), y (B,) class indices,
 where num_classes, or no y at all, means "no class". It returns (B, C, H, W), or (B, 2C, H, W) with
-learn_sigma. Parts come first, then blocks, then networks, then `build`.
+learn_sigma. Parts come first, then blocks, then networks, then what the paper compares them with, then `build`.
 
 B images, N tokens on a g x g grid, D width, h heads, c (B, D) the condition: time plus label.
+
+The paper's ablations are values of `time_in`, where the time enters a DiffiT block:
+    "qkv"       in queries, keys and values (TMSA, eqs. 3-6; the default)
+    "token"     as a token of its own, one more key and value (Table 7)
+    "bias"      in the relative position bias (Table 6, F)
+    "mlp"       in the MLP's hidden layer (Table 6, G)
+    "none"      nowhere, for blocks that get it in another way (Table 4's plain stages, DDPM++'s own attention)
 """
+import functools
 import math
 
 import torch
@@ -27,11 +35,36 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t):
-        half = self.frequencies // 2
         with torch.autocast("cpu" if t.is_meta else t.device.type, enabled=False):  # autocast knows no meta device
-            freqs = torch.exp(torch.arange(half, device=t.device) * (-math.log(10000) / half))
-            angles = t.float()[:, None] * freqs                            # (B, half)
+            angles = t.float()[:, None] * self.frequency(t.device)         # (B, half)
             return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
+
+    def frequency(self, device):
+        half = self.frequencies // 2
+        return torch.exp(torch.arange(half, device=device) * (-math.log(10000) / half))
+
+
+class FourierEmbedder(TimestepEmbedder):
+    """The same with random, fixed frequencies (Tancik et al. 2020; Table 8), as EDM has them for ln(sigma)/4: normal,
+    of deviation 16."""
+
+    def __init__(self, dim, frequencies=256):
+        super().__init__(dim, frequencies)
+        self.register_buffer("freqs", 2 * math.pi * 16 * torch.randn(frequencies // 2))
+
+    def frequency(self, device):
+        return self.freqs
+
+
+class NoEmbedder(nn.Module):
+    """t (B,) -> zeros (B, dim): for a network that is not told the time."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, t):
+        return torch.zeros(len(t), self.dim, device=t.device)
 
 
 class LabelEmbedder(nn.Module):
@@ -102,9 +135,10 @@ class TMSA(nn.Module):
 
     x (B, N, D) tokens of a grid x grid image in row order, c (B, cond_dim) -> (B, N, D). With `window`,
     attention stays inside non-overlapping window x window squares (image-space model); without, it
-    spans the grid. ValueError if heads do not divide the width or the window does not divide the grid."""
+    spans the grid. time_in: see the top of this file; what concerns the MLP leaves the attention without time.
+    ValueError if heads do not divide the width or the window does not divide the grid."""
 
-    def __init__(self, dim, num_heads, grid, cond_dim=None, window=None):
+    def __init__(self, dim, num_heads, grid, cond_dim=None, window=None, time_in="qkv"):
         super().__init__()
         check_heads(dim, num_heads)
         self.num_heads, self.grid, self.window = num_heads, grid, window or grid
@@ -112,26 +146,40 @@ class TMSA(nn.Module):
             raise ValueError(f"windows of {self.window} x {self.window} tokens do not tile a grid of {grid} x {grid} "
                              f"tokens; choose a window or an image size so that one divides the other")
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.qkv_temb = nn.Linear(cond_dim or dim, 3 * dim)
+        offsets, cond_dim = (2 * self.window - 1) ** 2, cond_dim or dim
+        self.qkv_temb = nn.Linear(cond_dim, 3 * dim) if time_in == "qkv" else None
+        self.token = nn.Linear(cond_dim, 2 * dim) if time_in == "token" else None
         self.proj = nn.Linear(dim, dim)
-        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * self.window - 1) ** 2, num_heads))
+        self.bias_temb = nn.Linear(cond_dim, offsets * num_heads) if time_in == "bias" else None
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(offsets, num_heads))
 
-    def bias(self):
-        """(h, w*w, w*w): entry (i, j) is the table's row for the offset of token j from token i."""
-        w = self.window
-        table = self.relative_position_bias_table.view(2 * w - 1, 2 * w - 1, -1)
+    def bias(self, c=None):
+        """(h, w*w, w*w): entry (i, j) is the table's row for the offset of token j from token i. Where time is in the
+        bias, a table for each image: (B, h, w*w, w*w)."""
+        w, table = self.window, self.relative_position_bias_table
+        if self.bias_temb is not None:
+            table = table + self.bias_temb(c).view(len(c), *table.shape)
+        table = table.unflatten(-2, (2 * w - 1, 2 * w - 1))
         # Of token i at (yi, xi) and j at (yj, xj) it takes row yi - yj + w - 1, column xi - xj + w - 1: windows slid
         # over the table, read backwards. No index is stored.
-        table = table.unfold(0, w, 1).unfold(1, w, 1).flip(3, 4)           # (yi, xi, h, yj, xj)
-        return table.permute(2, 0, 1, 3, 4).reshape(-1, w * w, w * w)
+        table = table.unfold(-3, w, 1).unfold(-3, w, 1).flip(-2, -1)       # (..., yi, xi, h, yj, xj)
+        return table.movedim(-3, -5).flatten(-4, -3).flatten(-2)
 
     def forward(self, x, c):
         B, N, D = x.shape
         w, n = self.window, self.grid // self.window                       # n x n windows of w x w tokens
-        qkv = self.qkv(x) + self.qkv_temb(c)[:, None]                      # one time vector an image, broadcast
+        qkv = self.qkv(x)
+        if self.qkv_temb is not None:
+            qkv = qkv + self.qkv_temb(c)[:, None]                          # one time vector an image, broadcast
         qkv = qkv.view(B, n, w, n, w, 3, self.num_heads, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)
         q, k, v = qkv.reshape(3, B * n * n, self.num_heads, w * w, -1)     # each (B n^2, h, w^2, D/h)
-        x = attend(q, k, v, self.bias().to(q.dtype))
+        bias = self.bias(c).to(q.dtype)
+        if bias.dim() == 4:
+            bias = bias.repeat_interleave(n * n, 0)                        # an image's for each of its windows
+        if self.token is not None:
+            time = self.token(c).view(B, 2, self.num_heads, 1, -1).repeat_interleave(n * n, 0)
+            k, v, bias = torch.cat([k, time[:, 0]], 2), torch.cat([v, time[:, 1]], 2), F.pad(bias, (0, 1))
+        x = attend(q, k, v, bias)
         x = x.view(B, n, n, self.num_heads, w, w, -1).permute(0, 1, 4, 2, 5, 3, 6)
         return self.proj(x.reshape(B, N, D))
 
@@ -142,12 +190,14 @@ class TMSA(nn.Module):
 
 
 def attend(q, k, v, bias):
-    """softmax(q k^T / sqrt(d) + bias) v: q, k, v (B, h, N, d), bias (h, N, N) -> (B, h, N, d)."""
+    """softmax(q k^T / sqrt(d) + bias) v: q (B, h, N, d), k, v (B, h, M, d), bias (h, N, M) or (B, h, N, M)
+    -> (B, h, N, d)."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     # On CPUs two plain products are faster, in training (no fused kernel has a gradient for the bias) and without.
     B, h, N, d = q.shape
-    scores = torch.baddbmm(bias.repeat(B, 1, 1), q.flatten(0, 1), k.flatten(0, 1).mT, alpha=d ** -0.5)
+    bias = bias.flatten(0, 1) if bias.dim() == 4 else bias.repeat(B, 1, 1)
+    scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=d ** -0.5)
     return (scores.softmax(-1) @ v.flatten(0, 1)).view(B, h, N, d)
 
 
@@ -164,27 +214,34 @@ def layer_norm(dim):
 
 
 class Mlp(nn.Module):
-    def __init__(self, dim, hidden):
+    """Linear, GELU, linear: (B, N, D) -> (B, N, D). With cond_dim, the time is added to the hidden layer."""
+
+    def __init__(self, dim, hidden, cond_dim=None):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
+        self.temb = nn.Linear(cond_dim, hidden) if cond_dim else None
 
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+    def forward(self, x, c=None):
+        x = self.fc1(x)
+        if self.temb is not None:
+            x = x + self.temb(c)[:, None]
+        return self.fc2(F.gelu(x, approximate="tanh"))
 
 
 class DiffiTBlock(nn.Module):
-    """DiffiT eqs. 7-8: x = TMSA(LN(x), c) + x;  x = MLP(LN(x)) + x. Time enters in the attention alone."""
+    """DiffiT eqs. 7-8: x = TMSA(LN(x), c) + x;  x = MLP(LN(x)) + x. Time enters in the attention alone (or where
+    time_in says)."""
 
-    def __init__(self, dim, num_heads, mlp_ratio, grid, cond_dim=None, window=None):
+    def __init__(self, dim, num_heads, mlp_ratio, grid, cond_dim=None, window=None, time_in="qkv"):
         super().__init__()
         self.norm1, self.norm2 = layer_norm(dim), layer_norm(dim)
-        self.attn = TMSA(dim, num_heads, grid, cond_dim, window)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.attn = TMSA(dim, num_heads, grid, cond_dim, window, time_in)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), (cond_dim or dim) if time_in == "mlp" else None)
 
     def forward(self, x, c):
         x = x + self.attn(self.norm1(x), c)
-        return x + self.mlp(self.norm2(x))
+        return x + self.mlp(self.norm2(x), c)
 
 
 def modulate(x, shift, scale):
@@ -236,12 +293,12 @@ class ResBlock(nn.Module):
     """DiffiT eqs. 9-10: h = Conv3x3(Swish(GN(x)));  x = DiffiTBlock(h, c) + x.
     x (B, in, H, W) -> (B, out, H, W); the shortcut is a 1x1 convolution where the channels change."""
 
-    def __init__(self, in_channels, out_channels, num_heads, mlp_ratio, grid, cond_dim, window, dropout):
+    def __init__(self, in_channels, out_channels, num_heads, mlp_ratio, grid, cond_dim, window, dropout, time_in="qkv"):
         super().__init__()
         self.norm = group_norm(in_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.block = DiffiTBlock(out_channels, num_heads, mlp_ratio, grid, cond_dim, window)
+        self.block = DiffiTBlock(out_channels, num_heads, mlp_ratio, grid, cond_dim, window, time_in)
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x, c):
@@ -265,16 +322,16 @@ class Transformer(nn.Module):
     Block = Head = None
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
-                 mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1, learn_sigma=True, embed_gain=1.0):
+                 mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1, learn_sigma=True, embed_gain=1.0,
+                 time_embedding="positional", augment=False):
         super().__init__()
         if input_size % patch_size:
             raise ValueError(f"patches of {patch_size} do not tile an input of {input_size} x {input_size}; "
                              f"choose a size that is a multiple of the patch")
-        self.num_classes, self.patch_size, self.grid = num_classes, patch_size, input_size // patch_size
+        self.patch_size, self.grid = patch_size, input_size // patch_size
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
-        self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob) if num_classes else None
+        add_condition(self, hidden_size, time_embedding, num_classes, class_dropout_prob, augment)
         self.register_buffer("pos_embed", sincos_2d(hidden_size, self.grid))
         self.blocks = nn.ModuleList(self.Block(hidden_size, num_heads, mlp_ratio, self.grid) for _ in range(depth))
         self.final_layer = self.Head(hidden_size, patch_size ** 2 * self.out_channels)
@@ -289,10 +346,10 @@ class Transformer(nn.Module):
             nn.init.zeros_(head.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
-    def forward(self, x, t, y=None):
+    def forward(self, x, t, y=None, augmented=None):
         B, p, g = len(x), self.patch_size, self.grid
         x = self.x_embedder(x) + self.pos_embed                            # (B, N, D)
-        c = condition(self, t, y)                                          # (B, D)
+        c = condition(self, t, y, augmented)                               # (B, D)
         for block in self.blocks:
             x = block(x, c)                                                # (B, N, D)
         x = self.final_layer(x, c)                                         # (B, N, p*p*out)
@@ -302,7 +359,11 @@ class Transformer(nn.Module):
 
 class DiffiT(Transformer):
     """Latent DiffiT (Sec. 3.2 "latent space", Fig. 4), as released: plain blocks of TMSA and MLP."""
-    Block, Head = DiffiTBlock, DiffiTHead
+    Head = DiffiTHead
+
+    def __init__(self, *args, time_in="qkv", **kwargs):
+        self.Block = functools.partial(DiffiTBlock, time_in=time_in)
+        super().__init__(*args, **kwargs)
 
 
 class DiT(Transformer):
@@ -315,11 +376,13 @@ class DiffiTUNet(nn.Module):
 
     channels, blocks: width and number of ResBlocks at each resolution, finest first; each resolution is
     half of the one before. window: side of the attention windows in tokens (a whole grid that is smaller
-    is one window). ValueError if the sizes do not divide."""
+    is one window). encoder, decoder: "diffit", or what Table 4 puts in its place ("plain" and "vit", "plain" and
+    "setr", see below). ValueError if the sizes do not divide."""
 
     def __init__(self, input_size=64, in_channels=3, channels=(128, 256, 256, 256), blocks=(4, 4, 4, 4), num_heads=4,
                  window=8, cond_size=512, mlp_ratio=4.0, dropout=0.0, num_classes=0, class_dropout_prob=0.1,
-                 learn_sigma=False):
+                 learn_sigma=False, time_in="qkv", time_embedding="positional", augment=False, encoder="diffit",
+                 decoder="diffit"):
         super().__init__()
         levels = len(channels)
         if len(blocks) != levels:
@@ -328,57 +391,110 @@ class DiffiTUNet(nn.Module):
         if input_size % 2 ** (levels - 1):
             raise ValueError(f"{levels} resolutions need a size divisible by {2 ** (levels - 1)}; "
                              f"{input_size} is not")
-        self.num_classes = num_classes
-        self.t_embedder = TimestepEmbedder(cond_size)
-        self.y_embedder = LabelEmbedder(num_classes, cond_size, class_dropout_prob) if num_classes else None
+        add_condition(self, cond_size, time_embedding, num_classes, class_dropout_prob, augment)
 
-        def stage(level, extra):                                           # its first block takes `extra` channels too
+        def stage(level, extra, plain):                                    # its first block takes `extra` channels too
             grid, width = input_size >> level, channels[level]
-            return nn.ModuleList(ResBlock(width + (extra if i == 0 else 0), width, num_heads, mlp_ratio, grid,
-                                          cond_size, min(window, grid), dropout) for i in range(blocks[level]))
+            return Stage((ResBlock(width + (extra if i == 0 else 0), width, num_heads, mlp_ratio, grid, cond_size,
+                                   min(window, grid), dropout, "none" if plain else time_in)
+                          for i in range(blocks[level])), width + extra, cond_size if plain else None)
 
-        down, up = range(levels - 1), range(1, levels)
         self.tokenizer = nn.Conv2d(in_channels, channels[0], 3, padding=1)
-        self.encoder = nn.ModuleList(stage(level, 0) for level in range(levels))
-        self.downsamplers = nn.ModuleList(nn.Conv2d(channels[i], channels[i + 1], 3, 2, padding=1) for i in down)
-        # The coarsest stage has no skip: it would join the encoder's output to itself.
-        self.decoder = nn.ModuleList(stage(i, channels[i] if i < levels - 1 else 0) for i in range(levels))
-        self.upsamplers = nn.ModuleList(nn.Conv2d(channels[i], channels[i - 1], 3, padding=1) for i in up)
+        if encoder == "vit":
+            self.encoder = ViTEncoder(input_size, channels, blocks, num_heads, mlp_ratio, cond_size)
+        else:
+            self.encoder = Encoder([stage(i, 0, encoder == "plain") for i in range(levels)], channels)
+        if decoder == "setr":
+            self.decoder = SETRDecoder(input_size, self.encoder.widths, channels[0])
+        else:
+            # The coarsest stage has no skip: it would join the encoder's output to itself.
+            self.decoder = Decoder([stage(i, channels[i] if i < levels - 1 else 0, decoder == "plain")
+                                    for i in range(levels)], channels)
         self.head_norm = group_norm(channels[0])
         self.head = nn.Conv2d(channels[0], (2 if learn_sigma else 1) * in_channels, 3, padding=1)
-        self.init_weights()
-
-    def init_weights(self):
         init_common(self)
         nn.init.zeros_(self.head.weight)
 
-    def forward(self, x, t, y=None):
-        c = condition(self, t, y)                                          # (B, cond_size)
+    def forward(self, x, t, y=None, augmented=None):
+        c = condition(self, t, y, augmented)                               # (B, cond_size)
         x = self.tokenizer(x)                                              # (B, channels[0], H, W)
-        skips, coarsest = [], len(self.encoder) - 1
-        for level, stage in enumerate(self.encoder):
-            for block in stage:
-                x = block(x, c)                                            # (B, channels[level], H / 2^level, ...)
-            if level < coarsest:
-                skips.append(x)
-                x = self.downsamplers[level](x)
-        for level in range(coarsest, -1, -1):
-            if level < coarsest:
-                x = self.upsamplers[level](F.interpolate(x, scale_factor=2.0, mode="nearest"))
-                x = torch.cat([x, skips.pop()], dim=1)
-            for block in self.decoder[level]:
-                x = block(x, c)
+        features = self.encoder(x, c)                                      # (B, channels[i], H / 2^i, W / 2^i) each
+        x = self.decoder(features, c)                                      # (B, channels[0], H, W)
         return self.head(F.silu(self.head_norm(x)))                        # (B, C, H, W)
 
 
-def condition(model, t, y):
-    """c = embedding of the time + embedding of the label, the null class where none is given."""
+class Stage(nn.Module):
+    """The ResBlocks at one resolution. With cond_size (Table 4, A to C, where blocks have no time of their own), the
+    time is projected, scaled and added to what enters; the scale is learned, for each channel."""
+
+    def __init__(self, blocks, width, cond_size=None):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.temb = nn.Linear(cond_size, width) if cond_size else None
+        self.scale = nn.Parameter(torch.ones(width)) if cond_size else None
+
+    def forward(self, x, c):
+        if self.temb is not None:
+            time = self.scale * self.temb(c)                               # (B, width)
+            x = x + time.view(*time.shape[:1], *([-1, 1, 1] if x.dim() == 4 else [1, -1]))
+        for block in self.blocks:
+            x = block(x, c)
+        return x
+
+
+class Encoder(nn.Module):
+    """(B, channels[0], H, W) -> the features of each stage, finest first; strided convolutions between them."""
+
+    def __init__(self, stages, channels):
+        super().__init__()
+        self.stages, self.widths = nn.ModuleList(stages), channels
+        self.downsamplers = nn.ModuleList(nn.Conv2d(a, b, 3, 2, padding=1) for a, b in zip(channels, channels[1:]))
+
+    def forward(self, x, c):
+        features = []
+        for level, stage in enumerate(self.stages):
+            x = stage(self.downsamplers[level - 1](x) if level else x, c)
+            features.append(x)
+        return features
+
+
+class Decoder(nn.Module):
+    """The encoder's features -> (B, channels[0], H, W): from the coarsest stage up, each joined to the encoder's."""
+
+    def __init__(self, stages, channels):
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+        self.upsamplers = nn.ModuleList(nn.Conv2d(b, a, 3, padding=1) for a, b in zip(channels, channels[1:]))
+
+    def forward(self, features, c):
+        x = self.stages[-1](features[-1], c)
+        for level in range(len(self.stages) - 2, -1, -1):
+            x = self.upsamplers[level](F.interpolate(x, scale_factor=2.0, mode="nearest"))
+            x = self.stages[level](torch.cat([x, features[level]], dim=1), c)
+        return x
+
+
+def add_condition(model, dim, time_embedding, num_classes, class_dropout_prob, augment):
+    """What `condition` needs of a network: embeddings of time and label, and of nine augmentation labels (EDM, App.
+    F.2)."""
+    model.num_classes = num_classes
+    embedder = {"positional": TimestepEmbedder, "fourier": FourierEmbedder, "none": NoEmbedder}[time_embedding]
+    model.t_embedder = embedder(dim)
+    model.y_embedder = LabelEmbedder(num_classes, dim, class_dropout_prob) if num_classes else None
+    model.augment_embedder = nn.Linear(9, dim, bias=False) if augment else None
+
+
+def condition(model, t, y, augmented=None):
+    """c = embedding of the time + of the label, the null class where none is given, + of the augmentation labels (B,
+    9), zero where none are given."""
     c = model.t_embedder(t)
     if model.y_embedder is not None:
         c = c + model.y_embedder(torch.full_like(t, model.num_classes, dtype=torch.long) if y is None else y)
     elif y is not None:
         raise ValueError("this network was built without classes (num_classes = 0), but was given labels; "
                          "call it with y=None")
+    if model.augment_embedder is not None and augmented is not None:
+        c = c + model.augment_embedder(augmented)
     return c
 
 
@@ -388,24 +504,174 @@ def init_common(model):
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, TMSA):
             nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
-    nn.init.normal_(model.t_embedder.mlp[0].weight, std=0.02)
-    nn.init.normal_(model.t_embedder.mlp[2].weight, std=0.02)
+        if isinstance(module, TimestepEmbedder):
+            nn.init.normal_(module.mlp[0].weight, std=0.02)
+            nn.init.normal_(module.mlp[2].weight, std=0.02)
     if model.y_embedder is not None:
         nn.init.normal_(model.y_embedder.embedding_table.weight, std=0.02)
+
+
+# ---------------------------------------------------------------------------------------------
+# What Table 4 compares with. A: ViTEncoder and SETRDecoder; B: plain Encoder and SETRDecoder; C: plain Encoder and
+# Decoder; D: the encoder of DiffiT and a plain Decoder. Plain stages have ResBlocks without time (see Stage).
+
+class ViTEncoder(nn.Module):
+    """A vision transformer of sum(blocks) plain blocks (12 in the paper), as wide as the last of channels, on patches
+    of 2 (neither is said): features after each of its len(channels) stages, all of one resolution."""
+
+    def __init__(self, input_size, channels, blocks, num_heads, mlp_ratio, cond_size):
+        super().__init__()
+        grid, dim = input_size // 2, channels[-1]
+        self.patches = PatchEmbed(2, channels[0], dim)
+        self.register_buffer("pos_embed", sincos_2d(dim, grid))
+        self.stages = nn.ModuleList(
+            Stage((DiffiTBlock(dim, num_heads, mlp_ratio, grid, cond_size, None, "none") for _ in range(count)), dim,
+                  cond_size) for count in blocks)
+        self.widths = (dim,) * len(blocks)
+
+    def forward(self, x, c):
+        tokens, features = self.patches(x) + self.pos_embed, []
+        for stage in self.stages:
+            tokens = stage(tokens, c)
+            features.append(tokens.transpose(1, 2).unflatten(2, (x.shape[2] // 2, x.shape[3] // 2)))
+        return features
+
+
+class SETRDecoder(nn.Module):
+    """SETR-MLA (Zheng et al. 2021): each feature map is made `width` wide, those of later stages are added to it, and
+    all are brought to the full size and joined."""
+
+    def __init__(self, input_size, widths, width):
+        super().__init__()
+        self.input_size = input_size
+        self.reduce = nn.ModuleList(nn.Conv2d(w, width, 1) for w in widths)
+        self.refine = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in widths)
+        self.join = nn.Conv2d(len(widths) * width, width, 3, padding=1)
+
+    def forward(self, features, c):
+        total, full = 0, []
+        for level in range(len(features) - 1, -1, -1):
+            x = self.reduce[level](features[level])
+            total = x + (resize(total, x.shape[-1]) if full else 0)
+            full.append(resize(F.silu(self.refine[level](total)), self.input_size))
+        return self.join(torch.cat(full, dim=1))
+
+
+def resize(x, size):
+    return F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
+
+
+# ---------------------------------------------------------------------------------------------
+# What Table 5 puts TMSA into
+
+class DDPMpp(nn.Module):
+    """DDPM++ (Song et al. 2021): a U-Net with self-attention at 16 x 16 and in the middle, its own (time_in "none") or
+    TMSA ("qkv"). channels, blocks: as in DiffiTUNet; the decoder has one block more at each resolution."""
+
+    def __init__(self, input_size=32, in_channels=3, channels=(256, 256, 256), blocks=(4, 4, 4), num_heads=1,
+                 cond_size=512, dropout=0.0, num_classes=0, class_dropout_prob=0.1, learn_sigma=False, time_in="none",
+                 time_embedding="positional", augment=False):
+        super().__init__()
+        add_condition(self, cond_size, time_embedding, num_classes, class_dropout_prob, augment)
+        stem = cond_size // 4                                              # the base width, 128
+
+        def block(before, width, level, attends, **resample):
+            grid = input_size >> level
+            return DDPMppBlock(before, width, cond_size, grid, dropout,
+                               num_heads if attends else 0, time_in == "qkv", **resample)
+
+        self.stem, widths, self.down, self.up = nn.Conv2d(in_channels, stem, 3, padding=1), [stem], [], []
+        x = stem
+        for level, (width, count) in enumerate(zip(channels, blocks)):
+            if level:
+                self.down.append(block(x, x, level, False, down=True))
+                widths.append(x)
+            for _ in range(count):
+                self.down.append(block(x, width, level, input_size >> level == 16))
+                x = width
+                widths.append(x)
+        last = len(channels) - 1
+        self.middle = nn.ModuleList([block(x, x, last, True), block(x, x, last, False)])
+        for level in range(last, -1, -1):
+            if level < last:
+                self.up.append(block(x, x, level, False, up=True))
+            for i in range(blocks[level] + 1):
+                attends = input_size >> level == 16 and i == blocks[level]
+                self.up.append(block(x + widths.pop(), channels[level], level, attends))
+                x = channels[level]
+        self.down, self.up = nn.ModuleList(self.down), nn.ModuleList(self.up)
+        self.head_norm = nn.GroupNorm(min(32, x // 4), x, eps=1e-6)
+        self.head = nn.Conv2d(x, (2 if learn_sigma else 1) * in_channels, 3, padding=1)
+        init_common(self)
+        for end in [self.head, *(b.conv2 for b in self.modules() if isinstance(b, DDPMppBlock))]:
+            nn.init.zeros_(end.weight)
+
+    def forward(self, x, t, y=None, augmented=None):
+        c = condition(self, t, y, augmented)                               # (B, cond_size)
+        x = self.stem(x)
+        skips = [x]
+        for block in self.down:
+            x = block(x, c)
+            skips.append(x)
+        for block in self.middle:
+            x = block(x, c)
+        for block in self.up:
+            x = block(x if block.upsamples else torch.cat([x, skips.pop()], dim=1), c)
+        return self.head(F.silu(self.head_norm(x)))
+
+
+class DDPMppBlock(nn.Module):
+    """h = Conv(Swish(GN(x))) + time;  x = (Conv(Dropout(Swish(GN(h)))) + x) / sqrt 2;  then, with heads, x =
+    (attention(GN(x)) + x) / sqrt 2. down, up: at half, or twice, the resolution of x. tmsa: that attention is TMSA."""
+
+    def __init__(self, before, width, cond_size, grid, dropout, num_heads, tmsa, down=False, up=False):
+        super().__init__()
+        norm = lambda channels: nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+        self.downsamples, self.upsamples = down, up
+        self.norm1, self.conv1 = norm(before), nn.Conv2d(before, width, 3, padding=1)
+        self.temb = nn.Linear(cond_size, width)
+        self.norm2, self.conv2 = norm(width), nn.Conv2d(width, width, 3, padding=1)
+        self.dropout = nn.Dropout(dropout)
+        self.skip = nn.Conv2d(before, width, 1) if before != width else nn.Identity()
+        self.norm3, self.attn = (norm(width) if num_heads else None), None
+        if num_heads:
+            self.attn = TMSA(width, num_heads, grid, cond_size) if tmsa else Attention(width, num_heads)
+
+    def resample(self, x):
+        x = F.avg_pool2d(x, 2) if self.downsamples else x
+        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.upsamples else x
+
+    def forward(self, x, c):
+        h = self.conv1(self.resample(F.silu(self.norm1(x)))) + self.temb(F.silu(c))[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        x = (h + self.skip(self.resample(x))) * math.sqrt(0.5)
+        if self.attn is not None:
+            tokens = self.norm3(x).flatten(2).transpose(1, 2)              # (B, H*W, width)
+            tokens = self.attn(tokens, c) if isinstance(self.attn, TMSA) else self.attn(tokens)
+            x = (tokens.transpose(1, 2).reshape(x.shape) + x) * math.sqrt(0.5)
+        return x
+
+
+BLOCKS = DiffiTBlock, DiTBlock, DDPMppBlock  # what train.py compiles, or computes again in backward
 
 
 def build(cfg):
     """The network that a Config describes (the only place in this file that knows of Config)."""
     shared = dict(input_size=cfg.input_size, in_channels=cfg.in_channels, num_heads=cfg.num_heads,
-                  mlp_ratio=cfg.mlp_ratio, num_classes=cfg.num_classes, class_dropout_prob=cfg.class_dropout_prob,
-                  learn_sigma=cfg.learn_sigma)
-    if cfg.model == "unet":
-        return DiffiTUNet(**shared, channels=cfg.channels, blocks=cfg.blocks, window=cfg.window,
-                          cond_size=cfg.cond_size, dropout=cfg.dropout)
-    network = {"diffit": DiffiT, "dit": DiT}[cfg.model]
-    return network(**shared, patch_size=cfg.patch_size, hidden_size=cfg.hidden_size, depth=cfg.depth,
-                   embed_gain=cfg.embed_gain)
+                  num_classes=cfg.num_classes, class_dropout_prob=cfg.class_dropout_prob, learn_sigma=cfg.learn_sigma,
+                  time_embedding=cfg.time_embedding, augment=cfg.augment > 0)
+    tokens = dict(patch_size=cfg.patch_size, hidden_size=cfg.hidden_size, depth=cfg.depth, mlp_ratio=cfg.mlp_ratio,
+                  embed_gain=cfg.embed_gain)
+    levels = dict(channels=cfg.channels, blocks=cfg.blocks, cond_size=cfg.cond_size, dropout=cfg.dropout)
+    if cfg.model == "diffit":
+        return DiffiT(**shared, **tokens, time_in=cfg.time_in)
+    if cfg.model == "dit":
+        return DiT(**shared, **tokens)
+    if cfg.model == "ddpmpp":
+        return DDPMpp(**shared, **levels, time_in=cfg.time_in)
+    return DiffiTUNet(**shared, **levels, mlp_ratio=cfg.mlp_ratio, window=cfg.window, time_in=cfg.time_in,
+                      encoder=cfg.encoder, decoder=cfg.decoder)

@@ -1,6 +1,7 @@
 """The processes that add noise, what is learned of them, and the samplers that take noise away again.
 
-A process is `Diffusion` (DDPM: integer timesteps 0..T-1) or `EDM` (a continuous noise level sigma).
+A process is `Diffusion` (DDPM: integer timesteps 0..T-1) or `EDM` (a continuous noise level sigma; `VP` and `VE` are
+EDMs with other coefficients).
 At each level an image is x = a x0 + s eps, and everything below needs only these things of a process:
 
     draw(B)              random levels for a training batch
@@ -172,6 +173,19 @@ class EDM:
         self.sigma_data, self.p_mean, self.p_std = sigma_data, p_mean, p_std
         self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
 
+    def coefficients(self, sigma):
+        """sigma, of any shape -> c_skip, c_out, c_in, c_noise."""
+        norm, sd = (sigma ** 2 + self.sigma_data ** 2).sqrt(), self.sigma_data
+        return sd ** 2 / norm ** 2, sigma * sd / norm, 1 / norm, sigma.log() / 4
+
+    def noise_level(self, t):
+        """sigma (B,) from what the network is told, c_noise."""
+        return (4 * t).exp()
+
+    def weight(self, sigma):
+        """Of the squared error of D, in the loss."""
+        return (sigma ** 2 + self.sigma_data ** 2) / (sigma * self.sigma_data) ** 2
+
     def draw(self, B, device="cpu"):
         """Noise levels sigma (B,), log-normal."""
         return (self.p_mean + self.p_std * torch.randn(B, device=device)).exp()
@@ -182,18 +196,17 @@ class EDM:
         return (share * 4).long().clamp(max=3)
 
     def loss(self, f, x0, sigma, noise=None):
-        """x0 (B, C, H, W), sigma (B,) -> {"loss", "mse"}, each (B,): the squared error of D, weighted by
-        (sigma^2 + sd^2) / (sigma sd)^2, and unweighted."""
+        """x0 (B, C, H, W), sigma (B,) -> {"loss", "mse"}, each (B,): the squared error of D, weighted and
+        unweighted."""
         noise = torch.randn_like(x0) if noise is None else noise
         sigma = sigma.to(x0.dtype)
         mse = mean_flat((self.denoise(f, x0 + sigma.view(-1, 1, 1, 1) * noise, sigma) - x0) ** 2)
-        return {"loss": (sigma ** 2 + self.sigma_data ** 2) / (sigma * self.sigma_data) ** 2 * mse, "mse": mse}
+        return {"loss": self.weight(sigma) * mse, "mse": mse}
 
     def denoise(self, f, x, sigma):
         """D(x; sigma): x (B, C, H, W), sigma (B,) -> (B, C, H, W)."""
-        s, sd = sigma.view(-1, 1, 1, 1), self.sigma_data
-        norm = (s ** 2 + sd ** 2).sqrt()
-        return sd ** 2 / norm ** 2 * x + s * sd / norm * f(x / norm, sigma.log() / 4).to(x.dtype)
+        c_skip, c_out, c_in, _ = self.coefficients(sigma.view(-1, 1, 1, 1))
+        return c_skip * x + c_out * f(c_in * x, self.coefficients(sigma)[3]).to(x.dtype)
 
     def levels(self, n):
         """n sigmas from sigma_max to sigma_min, evenly in sigma^(1/rho) (EDM eq. 5)."""
@@ -210,15 +223,60 @@ class EDM:
         """Where sampling starts: noise at the first sigma (the image in it drowns)."""
         return level * noise
 
-    def noise_level(self, t):
-        """sigma (B,) from what the network is told, c_noise = ln(sigma) / 4."""
-        return (4 * t).exp()
-
     def predict(self, f, x, level, clip=False):
         """-> x0, eps, 0: the variance of a random step is beta-tilde. With clip, x0 is kept in [-1, 1]."""
         x0 = self.denoise(f, x, torch.full((len(x),), level, dtype=x.dtype, device=x.device))
         x0 = x0.clamp(-1, 1) if clip else x0
         return x0, (x - x0) / level, 0.0
+
+
+class VP(EDM):
+    """Song et al. 2021's variance preserving SDE in these terms (EDM Table 1): the network predicts eps, t is uniform
+    in [1e-5, 1], and sigma(t)^2 = exp(0.1 t + 19.9 t^2 / 2) - 1."""
+
+    def coefficients(self, sigma):
+        return torch.ones_like(sigma), -sigma, 1 / (sigma ** 2 + 1).sqrt(), 999 * self.time(sigma)
+
+    def noise_level(self, t):
+        return self.sigma(t / 999)
+
+    def weight(self, sigma):
+        return 1 / sigma ** 2
+
+    def draw(self, B, device="cpu"):
+        return self.sigma(1e-5 + (1 - 1e-5) * torch.rand(B, device=device))
+
+    def quarter(self, sigma):
+        return (self.time(sigma) * 4).long().clamp(0, 3)
+
+    @staticmethod
+    def sigma(t):
+        return torch.expm1(0.1 * t + 9.95 * t ** 2).sqrt()
+
+    @staticmethod
+    def time(sigma):
+        return ((0.01 + 39.8 * torch.log1p(sigma ** 2)).sqrt() - 0.1) / 19.9
+
+
+class VE(EDM):
+    """Song et al. 2021's variance exploding SDE: ln sigma is uniform between sigma_min and sigma_max."""
+
+    def coefficients(self, sigma):
+        return torch.ones_like(sigma), sigma, torch.ones_like(sigma), (sigma / 2).log()
+
+    def noise_level(self, t):
+        return 2 * t.exp()
+
+    def weight(self, sigma):
+        return 1 / sigma ** 2
+
+    def draw(self, B, device="cpu"):
+        low, high = math.log(self.sigma_min), math.log(self.sigma_max)
+        return (low + (high - low) * torch.rand(B, device=device)).exp()
+
+    def quarter(self, sigma):
+        low, high = math.log(self.sigma_min), math.log(self.sigma_max)
+        return ((sigma.log() - low) / (high - low) * 4).long().clamp(0, 3)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -310,10 +368,18 @@ def ddim(process, f, x, levels, eta=0.0, noise=None, clip=False):
 
 
 @torch.no_grad()
-def heun(process, f, x, levels, clip=False):
-    """Heun's second-order method (EDM alg. 1) on d(x/a) / d(s/a) = eps: two network calls a step, one in the last."""
+def heun(process, f, x, levels, clip=False, churn=0.0, interval=(), churn_noise=1.0, noise=None):
+    """Heun's second-order method (EDM alg. 1) on d(x/a) / d(s/a) = eps: two network calls a step, one in the last.
+    churn (EDM alg. 2, S_churn; for EDM alone): before each step at a level inside the interval (S_tmin, S_tmax) add
+    noise, scaled by churn_noise (S_noise), and begin the step at the level it brings x to."""
+    noise = noise or (lambda: torch.randn_like(x))
+    gamma = min(churn / len(levels), math.sqrt(2) - 1)
+    low, high = interval or (0, math.inf)
     targets = [*levels[1:], None]
     for target, (level, a, s, a2, s2) in zip(targets, steps(process, levels)):
+        if gamma and low <= level <= high:
+            level = s = level * (1 + gamma)
+            x = x + churn_noise * math.sqrt(s ** 2 - (s / (1 + gamma)) ** 2) * noise()
         eps = process.predict(f, x, level, clip)[1]
         step = s2 / a2 - s / a
         euler = a2 * (x / a + step * eps)
@@ -382,8 +448,9 @@ class LossAwareTimesteps:
 
 def build(cfg):
     """The process that a Config describes (the only place in this file that knows of Config)."""
-    if cfg.process == "edm":
-        return EDM(cfg.sigma_data, cfg.p_mean, cfg.p_std, cfg.sigma_min, cfg.sigma_max, cfg.rho)
+    if cfg.process != "ddpm":
+        process = {"edm": EDM, "vp": VP, "ve": VE}[cfg.process]
+        return process(cfg.sigma_data, cfg.p_mean, cfg.p_std, cfg.sigma_min, cfg.sigma_max, cfg.rho)
     return Diffusion(cfg.diffusion_steps, cfg.schedule, "learned" if cfg.learn_sigma else cfg.fixed_variance)
 
 
@@ -418,9 +485,9 @@ class Mixture:
             return (x - a * self.denoise(x, a, s)) / s
 
         def F(x, t):
-            sigma, sd = process.noise_level(t).view(-1, 1, 1, 1), process.sigma_data
-            norm = (sigma ** 2 + sd ** 2).sqrt()
-            return (self.denoise(x * norm, torch.ones_like(sigma), sigma) - sd ** 2 / norm * x) * norm / (sigma * sd)
+            sigma = process.noise_level(t).view(-1, 1, 1, 1)
+            c_skip, c_out, c_in, _ = process.coefficients(sigma)
+            return (self.denoise(x / c_in, torch.ones_like(sigma), sigma) - c_skip * x / c_in) / c_out
         return F if isinstance(process, EDM) else eps
 
     def cdf(self, x, a=1.0, s=0.0):

@@ -6,6 +6,7 @@ change with the batch size, the number of images or the order in which they are 
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import math
 import os
@@ -296,7 +297,9 @@ def generate(model, cfg, indices, classes=None, seed=0, batch=64, process=None):
 
         y = torch.tensor([order[i % len(order)] for i in chunk], device=device) if cfg.num_classes else None
         f = diffusion.guided(model, y, scale, cfg.cfg_channels or None, cfg.cfg_exact)
-        options = {"ddpm": dict(noise=noise), "ddim": dict(noise=noise, eta=cfg.eta)}.get(cfg.sampler, {})
+        options = {"ddpm": dict(noise=noise), "ddim": dict(noise=noise, eta=cfg.eta),
+                   "heun": dict(noise=noise, churn=cfg.churn, interval=cfg.churn_interval, churn_noise=cfg.churn_noise)
+                   }.get(cfg.sampler, {})
         sampler = getattr(diffusion, cfg.sampler)
         with autocast(cfg.precision, device):
             x = sampler(process, f, process.prior(noise(), levels[0]), levels, clip=cfg.clip, **options)
@@ -427,12 +430,19 @@ def save_npz(folder, n, labels, path):
 # ---------------------------------------------------------------------------------------------
 # Scores
 
-def recognised(images, labels, seed=0):
+def recognised(images, labels):
     """How many of these shapes a classifier names right. images (n, H, W, 3) uint8, labels (n,) -> the share of them,
-    and the classifier's share on real shapes that it has not seen. The classifier is a small CNN trained here, on
-    8,000 shapes of a seed that training does not use."""
+    and the classifier's share on real shapes that it has not seen."""
+    right, real = shape_classifier(images.shape[1])
+    return right(data.to_float(images), torch.as_tensor(labels)), real
+
+
+@functools.lru_cache
+def shape_classifier(size, seed=0):
+    """A small CNN trained here, on 8,000 shapes of a seed that training does not use -> right(x, y), the share of
+    pictures x that it names y, and that share of 1,000 others."""
     torch.manual_seed(seed)
-    size, real = images.shape[1], 8000
+    real = 8000
     dataset = data.Shapes(size, real + 1000, seed=1_000_000 + seed)
     x = data.to_float(np.stack([dataset.read(i) for i in range(len(dataset))]))
     y = torch.from_numpy(dataset.labels)
@@ -457,7 +467,7 @@ def recognised(images, labels, seed=0):
     def right(x, y):
         return (torch.cat([net(part).argmax(1) for part in x.split(500)]) == y).float().mean().item()
 
-    return right(data.to_float(images), torch.as_tensor(labels)), right(x[real:], y[real:])
+    return right, right(x[real:], y[real:])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -466,7 +476,7 @@ def recognised(images, labels, seed=0):
 GRID = 400                            # images that a grid shows at the most
 FILM = 20                             # and a film
 # The fields of Config that a sampler goes by, and that may differ from those of training.
-SAMPLING = ["sampler", "steps", "eta", "clip", "sigma_min", "sigma_max", "rho",
+SAMPLING = ["sampler", "steps", "eta", "churn", "churn_interval", "churn_noise", "clip", "sigma_min", "sigma_max", "rho",
             "cfg", "cfg_schedule", "cfg_channels", "cfg_interval", "cfg_exact", "vae", "precision"]
 
 
