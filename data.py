@@ -716,6 +716,7 @@ class Unreadable:
 SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633, 0.4910559419267466,
         0.787641141030194, 0.3379294217276218, -0.07263752278646252, -0.021060292512300564, 0.04472490177066578,
         0.0017677118642428036, -0.007800708325034148)
+SYM6_MIDDLE = sum(k * tap for k, tap in enumerate(SYM6)) / sum(SYM6)       # of its taps, 5.10
 
 
 def augment(x, p):
@@ -737,7 +738,7 @@ def augment(x, p):
 
     flips = [draw(torch.randint(2, (B,), device=device), p * scale) for scale in (1e8, 1)]
     size, turn, stretch, axis, shift = draw(normal()), draw(angle()), draw(normal()), draw(angle(), 0.5), draw(normal(2))
-    along = 2 ** (0.2 * stretch)
+    axis, along = torch.where(stretch == 0, 0, axis), 2 ** (0.2 * stretch)  # exactly the identity where nothing is done
     matrix = rotation(turn) @ rotation(-axis) @ torch.diag_embed(torch.stack([1 / along, along], 1)) @ rotation(axis)
     x = transform(x, *flips, matrix / (2 ** (0.2 * size)).view(-1, 1, 1), 0.125 * x.shape[-1] * shift)
     return x, torch.stack([*flips, size, turn.cos() - 1, turn.sin(), stretch * axis.cos(), stretch * axis.sin(),
@@ -759,7 +760,8 @@ def transform(x, flip_x, flip_y, matrix, shift):
         return x
     taps = len(SYM6)
     side = 2 * S + taps - 2                                                # samples that the way down again needs
-    v = torch.arange(side, dtype=x.dtype, device=x.device) - (side - 1) / 2
+    middle = (taps - 1) / 2 - SYM6_MIDDLE                                  # the filter moves what passes it
+    v = torch.arange(side, dtype=x.dtype, device=x.device) - (side - 1) / 2 + middle
     v = torch.stack(torch.meshgrid(v, v, indexing="xy"), -1).view(1, -1, 2)  # (1, side^2, 2)
     u = (v - 2 * shift[:, None]) @ matrix.mT                               # where each is taken from
     margin = math.ceil((u.abs().max().item() - (side - 1) / 2) / 2)
@@ -768,7 +770,8 @@ def transform(x, flip_x, flip_y, matrix, shift):
     kernel = torch.tensor(SYM6, dtype=x.dtype, device=x.device).expand(C, 1, 1, taps)
     x = F.conv_transpose2d(x, kernel, stride=(1, 2), groups=C)             # twice the width, then twice the height
     x = F.conv_transpose2d(x, kernel.mT, stride=(2, 1), groups=C)
-    x = F.grid_sample(x, (2 * u / x.shape[-1]).view(B, side, side, 2), mode="bilinear", align_corners=False)
+    u = 2 * (u - middle) / x.shape[-1]                                     # as grid_sample counts, -1 to 1
+    x = F.grid_sample(x, u.view(B, side, side, 2), mode="bilinear", align_corners=False)
     return F.conv2d(F.conv2d(x, kernel, stride=(1, 2), groups=C), kernel.mT, stride=(2, 1), groups=C)
 
 

@@ -328,14 +328,19 @@ def test_multiply_adds_of_the_papers():
 
 
 def naive_attention(attention, x, c=None):
-    """Softmax attention written out token by token, windows and all: the oracle for TMSA and Attention."""
+    """Softmax attention written out token by token, windows, time and all: the oracle for TMSA and Attention."""
     B, N, D = x.shape
     h, d, grid = attention.num_heads, D // attention.num_heads, round(math.sqrt(N))
     window = getattr(attention, "window", grid)
     qkv = attention.qkv(x)
-    if c is not None:
+    if c is not None and attention.qkv_temb is not None:
         qkv = qkv + attention.qkv_temb(c)[:, None]
     q, k, v = (part.view(B, N, h, d) for part in qkv.chunk(3, dim=-1))
+    table = None
+    if c is not None:
+        table = attention.relative_position_bias_table.expand(B, -1, -1)   # (B, offsets, h)
+        if attention.bias_temb is not None:
+            table = table + attention.bias_temb(c).view(B, -1, h)
     out = torch.zeros(B, N, h, d, dtype=x.dtype)
     for i in range(N):
         yi, xi = divmod(i, grid)
@@ -343,11 +348,16 @@ def naive_attention(attention, x, c=None):
                  if j // grid // window == yi // window and j % grid // window == xi // window]
         score = torch.stack([(q[:, i] * k[:, j]).sum(-1) / math.sqrt(d) for j in mates],
                             dim=-1)                                        # (B, h, mates)
-        if c is not None:
+        values = v[:, mates]
+        if table is not None:
             rows = [(yi - j // grid + window - 1) * (2 * window - 1) + xi - j % grid + window - 1
                     for j in mates]
-            score = score + attention.relative_position_bias_table[rows].T
-        out[:, i] = torch.einsum("bhm,bmhd->bhd", score.softmax(-1), v[:, mates])
+            score = score + table[:, rows].transpose(1, 2)
+        if c is not None and attention.token is not None:
+            key, value = attention.token(c).view(B, 2, h, d).unbind(1)
+            score = torch.cat([score, (q[:, i] * key).sum(-1, keepdim=True) / math.sqrt(d)], dim=-1)
+            values = torch.cat([values, value[:, None]], dim=1)
+        out[:, i] = torch.einsum("bhm,bmhd->bhd", score.softmax(-1), values)
     return attention.proj(out.reshape(B, N, D))
 
 
@@ -360,10 +370,102 @@ def random_tmsa(*args, **kwargs):
 
 
 def test_tmsa_equals_the_naive_form():
-    for grid, window in [(4, None), (6, 3), (4, 1), (3, 3)]:
-        layer = random_tmsa(12, 3, grid, cond_dim=5, window=window)
-        x, c = torch.randn(2, grid * grid, 12).double(), torch.randn(2, 5).double()
-        close(layer(x, c), naive_attention(layer, x, c), 1e-12, f"grid {grid}, window {window}")
+    for time_in in ("qkv", "token", "bias", "none"):
+        for grid, window in [(4, None), (6, 3), (4, 1), (3, 3)]:
+            layer = random_tmsa(12, 3, grid, cond_dim=5, window=window, time_in=time_in)
+            x, c = torch.randn(2, grid * grid, 12).double(), torch.randn(2, 5).double()
+            close(layer(x, c), naive_attention(layer, x, c), 1e-12, f"{time_in}, grid {grid}, window {window}")
+
+
+def test_time_enters_where_it_should():
+    """A block answers the condition wherever time enters, and nowhere else: with its time part at zero (and a time
+    token that nobody looks at) it is the block without time."""
+    torch.manual_seed(0)
+    x, c = torch.randn(2, 16, 12), torch.randn(2, 5)
+    plain = diffit.DiffiTBlock(12, 3, 2.0, 4, 5, None, "none")
+    assert torch.equal(plain(x, c), plain(x, -c))
+    for time_in, part in [("qkv", "attn.qkv_temb"), ("bias", "attn.bias_temb"), ("mlp", "mlp.temb"),
+                          ("token", "attn.token")]:
+        block = diffit.DiffiTBlock(12, 3, 2.0, 4, 5, None, time_in)
+        block.load_state_dict(plain.state_dict(), strict=False)
+        extra = [name for name in block.state_dict() if name not in plain.state_dict()]
+        assert extra == [f"{part}.weight", f"{part}.bias"], extra
+        assert not torch.allclose(block(x, c), block(x, -c)), time_in
+        for p in block.get_submodule(part).parameters():
+            nn.init.zeros_(p)
+        same_as_plain = torch.allclose(block(x, c), plain(x, c), atol=1e-6)
+        assert same_as_plain == (time_in != "token"), f"{time_in}: a token of zeros still takes its share"
+    hidden = F.linear(x, plain.mlp.fc1.weight, plain.mlp.fc1.bias) + 3.0
+    mlp = diffit.Mlp(12, 24, 5)
+    mlp.load_state_dict({**plain.mlp.state_dict(), "temb.weight": torch.zeros(24, 5), "temb.bias": torch.full((24,), 3.0)})
+    close(mlp(x, c), plain.mlp.fc2(F.gelu(hidden, approximate="tanh")), 1e-6)
+
+
+def test_time_embeddings():
+    torch.manual_seed(0)
+    fourier, t = diffit.FourierEmbedder(8), torch.tensor([0.3, -0.7])
+    angles = 2 * math.pi * t[:, None] * (fourier.freqs / (2 * math.pi))
+    close(fourier(t), fourier.mlp(torch.cat([angles.cos(), angles.sin()], dim=1)), 1e-5)
+    assert "freqs" in fourier.state_dict() and "freqs" not in dict(fourier.named_parameters())
+    close((fourier.freqs / (2 * math.pi)).std(), 16, 3)
+    model = diffit.DiffiT(**{**SMALL, "num_classes": 0}, time_embedding="none")
+    nn.init.normal_(model.final_layer.linear.weight)
+    x = torch.randn(2, 4, 8, 8)
+    assert torch.equal(model(x, torch.tensor([1, 2])), model(x, torch.tensor([900, 5])))
+
+
+def test_augmentation_labels_add_to_the_condition():
+    torch.manual_seed(0)
+    for model, x in [(diffit.DiffiT(**SMALL, augment=True), torch.randn(2, 4, 8, 8)),
+                     (diffit.DiffiTUNet(16, 3, (8, 8), (1, 1), 2, 4, 16, augment=True), torch.randn(2, 3, 16, 16))]:
+        t, done = torch.tensor([0.1, 0.2]), torch.randn(2, 9)
+        c = diffit.condition(model, t, None, done) - diffit.condition(model, t, None)
+        close(c, done @ model.augment_embedder.weight.T, 1e-5)
+        assert model.augment_embedder.bias is None
+        assert torch.equal(model(x, t, None, torch.zeros(2, 9)), model(x, t)), "zero when sampling"
+
+
+def test_plain_stages_scale_the_time_and_add_it():
+    torch.manual_seed(0)
+    stage = diffit.Stage([], 6, 5)
+    nn.init.normal_(stage.scale)
+    x, c = torch.randn(2, 6, 4, 4), torch.randn(2, 5)
+    close(stage(x, c), x + (stage.scale * stage.temb(c))[:, :, None, None], 1e-6)
+    tokens = torch.randn(2, 9, 6)
+    close(stage(tokens, c), tokens + (stage.scale * stage.temb(c))[:, None], 1e-6)
+
+
+def test_setr_joins_every_feature_at_full_size():
+    torch.manual_seed(0)
+    decoder = diffit.SETRDecoder(16, (4, 6, 8), 5)
+    features = [torch.randn(2, width, 16 >> k, 16 >> k, requires_grad=True) for k, width in enumerate((4, 6, 8))]
+    out = decoder(features, None)
+    assert out.shape == (2, 5, 16, 16)
+    out[:, :, 8, 8].sum().backward()
+    assert all(f.grad.any() for f in features)
+    total = decoder.reduce[2](features[2])                                 # written out, coarsest first
+    full = []
+    for k in (2, 1, 0):
+        total = total if k == 2 else decoder.reduce[k](features[k]) + F.interpolate(total, scale_factor=2, mode="bilinear")
+        full.append(F.interpolate(F.silu(decoder.refine[k](total)), size=(16, 16), mode="bilinear"))
+    close(decoder(features, None), decoder.join(torch.cat(full, 1)), 1e-6)
+
+
+def test_ddpmpp_block_is_its_formula():
+    torch.manual_seed(0)
+    for tmsa in (False, True):
+        block = diffit.DDPMppBlock(8, 12, 6, 4, 0.0, 3, tmsa).double()
+        x, c, norm = torch.randn(2, 8, 4, 4).double(), torch.randn(2, 6).double(), lambda n, x: F.silu(n(x))
+        h = block.conv1(norm(block.norm1, x)) + block.temb(F.silu(c))[:, :, None, None]
+        h = (block.conv2(norm(block.norm2, h)) + block.skip(x)) / math.sqrt(2)
+        tokens = block.norm3(h).flatten(2).transpose(1, 2)
+        tokens = naive_attention(block.attn, tokens, c if tmsa else None)
+        close(block(x, c), (tokens.transpose(1, 2).view_as(h) + h) / math.sqrt(2), 1e-12)
+    down, up = (diffit.DDPMppBlock(8, 8, 6, 4, 0.0, 0, False, **{way: True}) for way in ("down", "up"))
+    x, c = torch.randn(2, 8, 4, 4), torch.randn(2, 6)
+    assert down(x, c).shape == (2, 8, 2, 2) and up(x, c).shape == (2, 8, 8, 8)
+    nn.init.zeros_(down.conv2.weight), nn.init.zeros_(down.conv2.bias)
+    close(down(x, c), F.avg_pool2d(x, 2) / math.sqrt(2), 1e-6)
 
 
 def test_tmsa_gradients_equal_the_naive_form():
@@ -434,6 +536,11 @@ def unets():
     for size, classes in [(32, 0), (64, 5), (48, 0)]:
         yield size, diffit.DiffiTUNet(size, 3, channels=(8, 16, 16), blocks=(1, 2, 1), num_heads=2, window=4,
                                       cond_size=24, num_classes=classes)
+    small = dict(channels=(8, 8), blocks=(1, 2), num_heads=2, cond_size=16)
+    for encoder, decoder in [("vit", "setr"), ("plain", "setr"), ("plain", "plain"), ("diffit", "plain")]:
+        yield 16, diffit.DiffiTUNet(16, 3, **small, window=4, num_classes=5, encoder=encoder, decoder=decoder)
+    for time_in in ("qkv", "none"):
+        yield 16, diffit.DDPMpp(16, 3, **small, time_in=time_in)
 
 
 def test_unet_takes_any_size_its_levels_divide():
@@ -469,12 +576,12 @@ def test_embed_gain_scales_patches_and_positions_alone():
 
 def test_gradients_reach_every_parameter():
     torch.manual_seed(0)
-    models = [diffit.DiffiT(**SMALL), diffit.DiT(**SMALL)] + [model for _, model in unets()]
-    for model in models:
+    models = [(8, diffit.DiffiT(**SMALL)), (8, diffit.DiT(**SMALL)), *unets()]
+    models += [(8, diffit.DiffiT(**SMALL, time_in=time_in)) for time_in in ("token", "bias", "mlp")]
+    for size, model in models:
         for p in model.parameters():               # a zero head or gate would hide what lies behind it
             nn.init.normal_(p, std=0.05) if not p.any() else None
-        size, channels = ((8, 4) if isinstance(model, diffit.Transformer)
-                          else (model.encoder[0][0].block.attn.grid, 3))
+        channels = 4 if isinstance(model, diffit.Transformer) else 3
         y = torch.tensor([1, model.num_classes]) if model.num_classes else None
         model(torch.randn(2, channels, size, size), torch.tensor([3.0, 700.0]), y).pow(2).sum().backward()
         for name, p in model.named_parameters():
@@ -837,6 +944,51 @@ def test_edm_draws_and_weights():
     close(losses["loss"], losses["mse"] * (sigma ** 2 + 0.25) / (0.5 * sigma) ** 2, 1e-12)
 
 
+def test_vp_and_ve_are_songs():
+    """Their schedules in closed form, what the network is told and back, and what they need of it: samplers with the
+    exact network end in the data."""
+    vp, ve, t = diffusion.VP(), diffusion.VE(sigma_min=0.02, sigma_max=100.0), torch.linspace(0.01, 1, 9).double()
+    integral = torch.cumulative_trapezoid(0.1 + 19.9 * torch.linspace(0, 1, 100_001).double(), dx=1e-5)
+    abar = (-integral[(t * 100_000).round().long() - 1]).exp()             # of the continuous process
+    close((1 / abar - 1).sqrt().log(), vp.sigma(t).log(), 1e-6)
+    close(vp.time(vp.sigma(t)), t, 1e-9)
+    for process in (vp, ve, EDM()):
+        sigma = torch.tensor([0.03, 0.5, 7.0, 60.0]).double()
+        close(process.noise_level(process.coefficients(sigma)[3]) / sigma, torch.ones(4), 1e-9)
+        mixture = diffusion.Mixture()
+        x, s = unit("vp", 1, 1, 2, 2), torch.tensor([0.4]).double()
+        close(process.denoise(mixture.network(process), x, s), mixture.denoise(x, 1.0, 0.4), 1e-6)
+        assert diffusion.distance(process, diffusion.heun, 40, points=300) < 0.01
+    torch.manual_seed(0)
+    drawn = vp.time(vp.draw(50_000)), ve.draw(50_000).log()
+    close(torch.stack([drawn[0].mean(), drawn[0].std()]), [0.5, 1 / math.sqrt(12)], 0.01)
+    close(torch.stack([drawn[1].min(), drawn[1].max()]), [math.log(0.02), math.log(100)], 0.01)
+    for process in (vp, ve):
+        levels = process.draw(20_000)
+        close(torch.bincount(process.quarter(levels), minlength=4) / 20_000, [0.25] * 4, 0.02)
+        x0, n = unit("vp:x", 1, 3, 2, 2), unit("vp:n", 1, 3, 2, 2)
+        losses = process.loss(lambda x, t: 0 * x, x0, torch.tensor([2.0]).double(), n)
+        close(losses["loss"], (n ** 2).mean().view(1), 1e-9, "a network that says nothing misses the unit noise")
+
+
+def test_churn_keeps_the_distribution():
+    """EDM's stochastic sampler with the exact network: other images, the same Gaussian; outside its interval of noise
+    levels it is Heun's method."""
+    process, levels = EDM(), EDM().levels(60)
+    torch.manual_seed(0)
+    x = process.prior(torch.randn(1, 1, 100, 100).double(), levels[0])
+    net = gaussian(process, 0.2, 0.5)
+    plain, churned = (diffusion.heun(process, net, x, levels, churn=churn) for churn in (0.0, 30.0))
+    assert (plain - churned).abs().mean() > 0.1
+    close([churned.mean(), churned.std()], [0.2, 0.5], 0.02)
+    assert torch.equal(plain, diffusion.heun(process, net, x, levels, churn=30.0, interval=(200, 300)))
+    ones = diffusion.heun(process, lambda x, t: 0 * x, torch.zeros(1, 1, 1, 1).double(), [2.0], churn=0.5,
+                          churn_noise=2.0, noise=lambda: torch.ones(1, 1, 1, 1).double())
+    gamma = math.sqrt(2) - 1                                               # alg. 2 for one step, F = 0: D = c_skip x
+    hat, noised = 2 * (1 + gamma), 2.0 * math.sqrt((2 * (1 + gamma)) ** 2 - 4)
+    close(ones.view(1), [0.25 / (hat ** 2 + 0.25) * noised], 1e-9)
+
+
 def test_variance_and_channels_must_agree():
     refused(lambda: Diffusion().loss(lambda x, t: x, unit("c", 1, 3, 2, 2), torch.tensor([3])),
             "6 output channels", "learn_sigma")
@@ -1051,6 +1203,61 @@ def test_unreadable_images_are_named_skipped_and_counted():
         unreadable = data.Stream(data.open_dataset(root / "pics", 32))[0][2]
         with contextlib.redirect_stderr(io.StringIO()):
             refused(lambda: data.Unreadable(range(8)).add(unreadable), "2 of 8 images", "more than 1 %")
+
+
+def smooth(S):
+    """Two pictures of S x S pixels without fine detail."""
+    v = torch.linspace(-1, 1, S, dtype=torch.float64)
+    y, x = torch.meshgrid(v, v, indexing="ij")
+    return torch.stack([torch.stack([(2 * x + y).sin(), (x * y * 3).cos(), x - y ** 2]),
+                        torch.stack([(3 * y).cos(), (x - 2 * y).sin(), y * x])])
+
+
+def test_augmentation_does_what_it_says():
+    """Flips are flips; a turn by 90 degrees is rot90 inside; a shift by whole pixels is a shift; half the size puts
+    pixel 2 k where k was; what goes up and down unchanged is unchanged."""
+    x, S = smooth(24), 24
+    no, yes, still = torch.tensor([0, 0]), torch.tensor([0, 1]), torch.zeros(2, 2).double()
+    eye = torch.eye(2).double().expand(2, 2, 2)
+    inside = lambda x: x[..., 5:-5, 5:-5]
+    assert torch.equal(data.transform(x, no, no, eye, still), x)
+    assert torch.equal(data.transform(x, yes, no, eye, still), torch.stack([x[0], x[1].flip(2)]))
+    assert torch.equal(data.transform(x, no, yes, eye, still), torch.stack([x[0], x[1].flip(1)]))
+    one_turned = data.transform(x, no, no, data.rotation(torch.tensor([0.0, 0.3]).double()), still)
+    close(one_turned[0], x[0], 1e-9, "unchanged beside one that is turned")
+    assert (one_turned[1] - x[1]).abs().max() > 0.05
+    turned = data.transform(x, no, no, data.rotation(torch.full((2,), math.pi / 2).double()), still)
+    close(inside(turned), inside(x.rot90(1, (2, 3))), 0.01, "a quarter turn")
+    shifted = data.transform(x, no, no, eye, torch.tensor([[3.0, 0.0], [0.0, -2.0]]).double())
+    close(inside(shifted), inside(torch.stack([x[0].roll(3, 2), x[1].roll(-2, 1)])), 1e-9, "a shift")
+    close(shifted[0, :, :, 2], x[0, :, :, 1], 1e-6, "reflected at the border")
+    halved = data.transform(smooth(25), no, no, 2 * eye, still)
+    close(halved[..., 8:17, 8:17], smooth(25)[..., 4:21:2, 4:21:2], 0.02, "half the size")
+    white = data.transform(torch.ones(2, 3, 16, 16), no, no, data.rotation(torch.tensor([0.4, 2.0])), torch.ones(2, 2))
+    close(white, torch.ones(2, 3, 16, 16), 1e-3, "white stays white")
+
+
+def test_augmentation_labels_say_what_was_done():
+    torch.manual_seed(0)
+    x = torch.randn(400, 3, 8, 8)
+    same_x, none = data.augment(x, 0.0)
+    assert torch.equal(same_x, x) and none.shape == (400, 9) and not none.any()
+    _, labels = data.augment(x, 0.12)
+    done = [labels[:, 0], labels[:, 1], labels[:, 2], labels[:, 4], labels[:, 5:7].norm(dim=1), labels[:, 7]]
+    close(torch.stack([(d != 0).float().mean() for d in done]), [0.5, 0.06, 0.12, 0.12, 0.12, 0.12], 0.06, "how often")
+    close((labels[:, 3] + 1) ** 2 + labels[:, 4] ** 2, torch.ones(400), 1e-5, "a cosine and a sine")
+    for seed in range(20):                                                 # rebuild the images from their labels
+        torch.manual_seed(seed)
+        x = smooth(16)
+        made, l = data.augment(x, 0.5)
+        turn, axis, rebuilt = torch.atan2(l[:, 4], l[:, 3] + 1), torch.atan2(l[:, 6], l[:, 5]), []
+        for sign in (1, -1):                                               # a stretch of -n along an axis has the labels
+            along = 2 ** (0.2 * sign * l[:, 5:7].norm(dim=1))              # of n along its other end
+            matrix = data.rotation(turn) @ data.rotation(-axis) @ torch.diag_embed(torch.stack([1 / along, along], 1))
+            matrix = matrix @ data.rotation(axis) / (2 ** (0.2 * l[:, 2])).view(-1, 1, 1)
+            rebuilt.append(data.transform(x, l[:, 0], l[:, 1], matrix, 0.125 * 16 * l[:, 7:]))
+        off = torch.stack([(made - again).abs().flatten(1).max(1).values for again in rebuilt]).min(0).values
+        close(off, torch.zeros(2), 1e-6, f"seed {seed}")
 
 
 def test_save_grid():
@@ -1419,15 +1626,17 @@ def test_training_on_latents():
 def test_every_preset_takes_a_step_and_samples():
     """Reduced in width and depth, through the same code."""
     for name, cfg in configs.PRESETS.items():
-        small = (dict(channels=(8,) * len(cfg.channels), blocks=(1,) * len(cfg.blocks), num_heads=2,
-                      cond_size=8)
-                 if cfg.model == "unet" else dict(hidden_size=16, depth=1, num_heads=2))
+        small = (dict(hidden_size=16, depth=1, num_heads=2) if cfg.model in ("diffit", "dit") else
+                 dict(channels=(8,) * len(cfg.channels), blocks=(1,) * len(cfg.blocks), num_heads=2, cond_size=16))
         cfg = dataclasses.replace(cfg, **small, steps=2)
         torch.manual_seed(0)
         model, process = diffit.build(cfg), diffusion.build(cfg)
         x = torch.randn(2, cfg.in_channels, cfg.input_size, cfg.input_size)
         y = torch.tensor([0, cfg.num_classes - 1]) if cfg.num_classes else None
-        loss = process.loss(lambda x, t: model(x, t, y), x, process.draw(2))["loss"].mean()
+        done = None
+        if cfg.augment:
+            x, done = data.augment(x, cfg.augment)
+        loss = process.loss(lambda x, t: model(x, t, y, done), x, process.draw(2))["loss"].mean()
         loss.backward()
         assert loss.isfinite(), name
         for made, _ in sample.generate(model.eval(), cfg, [0]):
@@ -1468,12 +1677,28 @@ def test_table_of_presets():
         argv, sys.argv = sys.argv, ["configs.py"]
         configs.main()
         sys.argv = argv
-    rows = {line.split()[0]: line.split() for line in said.getvalue().splitlines()[2:]}
-    assert list(rows) == list(configs.PRESETS) and sum(name.startswith("dit-") for name in rows) == 13
+    lines = [line.split() for line in said.getvalue().splitlines()]
+    rows = {words[0]: words for words in lines if words and words[0] in configs.PRESETS}
+    assert list(rows) == list(configs.PRESETS) and sum(name.startswith("dit-") for name in rows) == 15
+    assert said.getvalue().count("\nDiffiT Table 3\n") == 1 and rows["dit-xl-2"][-4:] == ["2.27", "675M,", "119", "GFLOPs"]
     assert rows["imagenet256"][1:6] == ["diffit", "561.04M", "118.51", "256", "1.73"], rows["imagenet256"]
     assert {"shapes", "cifar10", "ffhq64", "imagenet256-depth30", "imagenet512", "cifar100-450x6"} <= set(rows)
     for name, cfg in configs.PRESETS.items():
         assert len(diffusion.build(cfg).levels(cfg.steps)) == cfg.steps and configs.SOURCES[name][0], name
+
+
+def test_every_row_of_the_papers_tables_is_there():
+    """The FIDs that DiffiT's tables report, by the preset that trains them."""
+    paper = {"cifar10": 1.95, "ffhq64": 2.22, "imagenet256": 1.73, "imagenet512": 2.67, "dit-xl-2": 2.27, "dit-xl-2-512": 3.04,
+             "cifar10-512-512": 1.99, "cifar10-256-256": 2.13, "ffhq64-512-512": 2.27, "ffhq64-256-256": 2.41,
+             "cifar10-a-vit-setr": 5.34, "cifar10-b-plain-setr": 4.64, "cifar10-c-plain-plain": 3.71,
+             "cifar10-d-diffit-plain": 2.27, "ddpmpp-ve": 3.77, "ddpmpp-ve-tmsa": 3.49, "ddpmpp-vp": 3.01,
+             "ddpmpp-vp-tmsa": 2.76, "cifar10-f-time-bias": 3.97, "cifar10-g-time-mlp": 3.81, "cifar10-time-token": 2.28,
+             "ffhq64-time-token": 2.59, "cifar10-fourier": 2.02, "ffhq64-fourier": 2.37}
+    assert {name: fid for name, (_, fid) in configs.SOURCES.items() if fid} == paper
+    edm = configs.PRESETS["cifar10"], configs.PRESETS["ffhq64"]
+    assert [(c.augment, c.dropout, c.xflip, c.steps, c.batch_size, c.lr, c.nonfinite) for c in edm] == [
+        (0.12, 0.13, False, 18, 512, 1e-3, "zero"), (0.15, 0.05, True, 40, 256, 2e-4, "zero")]
 
 
 # ---------------------------------------------------------------------------------------------
