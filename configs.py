@@ -66,7 +66,7 @@ class Config:
     sigma_data: float = only("edm", 0.5)            # standard deviation of the data
     p_mean: float = only("edm", -1.2)               # training noise: ln sigma ~ N(p_mean, p_std^2)
     p_std: float = only("edm", 1.2)
-    sigma_min: float = only("edm vp ve", 0.002)     # range and spacing of the sampler's sigmas; range of ve in training
+    sigma_min: float = only("edm vp ve", 0.002)     # range and spacing of the sampler's sigmas
     sigma_max: float = only("edm vp ve", 80.0)
     rho: float = only("edm vp ve", 7.0)
     # Sampling
@@ -159,6 +159,8 @@ class Config:
         if self.model != "ddpmpp" and self.time_in == "none":
             raise ValueError("--time-in none leaves these blocks without the label, too; for a network that is not told the time "
                              "pass --time-embedding none")
+        if self.model == "unet" and self.time_in != "qkv" and "diffit" not in (self.encoder, self.decoder):
+            raise ValueError(f"--time-in {self.time_in} has no meaning where neither --encoder nor --decoder is diffit")
         if self.encoder == "vit" and self.decoder != "setr":
             raise ValueError("--encoder vit gives features of one resolution, which only --decoder setr takes")
         if self.learn_sigma and self.process != "ddpm":
@@ -210,20 +212,21 @@ preset("ffhq64-256-256",  "DiffiT Table 3", 2.41, **{**ffhq64, "cond_size": 256}
 
 # A to D; E is cifar10. ViT-12: its width and patch are not said, 512 and 2 here. Blocks without time keep their windows.
 preset("cifar10-a-vit-setr",     "DiffiT Table 4", 5.34, **{**cifar10, "encoder": "vit", "decoder": "setr", "blocks": (4, 4, 4),
-                                                            "channels": (128, 512, 512), "num_heads": 8})
+                                                            "channels": (128, 512, 512), "num_heads": 8, "dropout": 0.0})
 preset("cifar10-b-plain-setr",   "DiffiT Table 4", 4.64, **cifar10, encoder="plain", decoder="setr")
 preset("cifar10-c-plain-plain",  "DiffiT Table 4", 3.71, **cifar10, encoder="plain", decoder="plain")
 preset("cifar10-d-diffit-plain", "DiffiT Table 4", 2.27, **cifar10, decoder="plain")
 
 # Song et al. 2021's recipe for DDPM++; sampled as EDM does (what the paper did is not said).
 DDPMPP = dict(model="ddpmpp", num_heads=1, channels=(256, 256, 256), blocks=(4, 4, 4), dropout=0.1, xflip=True, sampler="heun", steps=18,
-              batch_size=128, lr=2e-4, lr_rampup_kimg=640, grad_clip=1.0, ema_decay=0.9999, kimg=166_400, workers=4, tick_kimg=50,
-              sample_kimg=1000, save_kimg=5000)
-VE = dict(process="ve", sigma_min=0.02, sigma_max=100.0)
+              batch_size=128, lr=2e-4, lr_rampup_kimg=640, grad_clip=1.0, kimg=166_400, workers=4, tick_kimg=50, sample_kimg=1000,
+              save_kimg=5000)
+VE = dict(process="ve", sigma_min=0.02, sigma_max=100.0, ema_decay=0.999)
+VP = dict(process="vp", ema_decay=0.9999)
 preset("ddpmpp-ve",      "DiffiT Table 5", 3.77, **DDPMPP, **VE, time_in="none")
 preset("ddpmpp-ve-tmsa", "DiffiT Table 5", 3.49, **DDPMPP, **VE)
-preset("ddpmpp-vp",      "DiffiT Table 5", 3.01, **DDPMPP, process="vp", time_in="none")
-preset("ddpmpp-vp-tmsa", "DiffiT Table 5", 2.76, **DDPMPP, process="vp")
+preset("ddpmpp-vp",      "DiffiT Table 5", 3.01, **DDPMPP, **VP, time_in="none")
+preset("ddpmpp-vp-tmsa", "DiffiT Table 5", 2.76, **DDPMPP, **VP)
 
 # F and G; H, time in q, k and v, is cifar10.
 preset("cifar10-f-time-bias", "DiffiT Table 6", 3.97, **cifar10, time_in="bias")
@@ -238,13 +241,14 @@ preset("ffhq64-window2",      "DiffiT Fig. 8", None, **{**ffhq64, "window": 2}) 
 preset("ffhq64-window4",      "DiffiT Fig. 8", None, **{**ffhq64, "window": 4})
 
 # DiffiT, latent: Sec. 4.2. The text says 30 layers, the published weights and Table 9's 561M say 28. Length: Fig. 7b's 1000k steps.
+# Guidance at 256: 4.4 in the release, 4.6 in the text.
 LATENT = dict(in_channels=4, num_classes=1000, learn_sigma=True, patch_size=2, hidden_size=1152, num_heads=16, ema_decay=0.9999,
               cfg_channels=3, workers=4, tick_kimg=50, sample_kimg=2000, save_kimg=10_000)
 imagenet256 = dict(LATENT, model="diffit", input_size=32, batch_size=256, lr=3e-4, kimg=256_000, cfg=4.4, cfg_schedule="power-cosine")
 preset("imagenet256",         "DiffiT Tables 2, 9", 1.73, **imagenet256, depth=28)
 preset("imagenet512",         "DiffiT Table 2",     2.67, **LATENT, model="diffit", depth=28, input_size=64, batch_size=512, lr=1e-4,
        kimg=512_000, cfg=1.49)
-preset("imagenet256-depth30", "DiffiT appendix H.2", None, **imagenet256, depth=30)
+preset("imagenet256-depth30", "DiffiT appendix H.2", None, **{**imagenet256, "cfg": 4.6}, depth=30)
 PAPER["imagenet256"] = PAPER["imagenet256-depth30"] = 561, 114
 PAPER["dit-xl-2"] = 675, 119
 

@@ -723,7 +723,8 @@ def augment(x, p):
     """EDM's pipeline: a flip left to right for half of the images, and with probability p each a flip upside down, a
     change of size 2^(0.2 n), a turn by any angle, a stretch of 2^(0.2 n) along one axis (any, half of the time) and as
     much a squeeze across it, a shift of 0.125 n of the size. x (B, C, S, S) -> the same, and what was done, (B, 9):
-    flips, n of the size, cos - 1 and sin of the turn, n of the stretch times cos and sin of its axis, n of the shift."""
+    flips, n of the size, cos - 1 and sin of the turn, n of the stretch times cos and sin of its axis, n of the
+    shift."""
     B, dtype, device = len(x), x.dtype, x.device
 
     def draw(values, probability=p):
@@ -737,7 +738,8 @@ def augment(x, p):
         return (torch.rand(B, device=device, dtype=dtype) * 2 - 1) * math.pi
 
     flips = [draw(torch.randint(2, (B,), device=device), p * scale) for scale in (1e8, 1)]
-    size, turn, stretch, axis, shift = draw(normal()), draw(angle()), draw(normal()), draw(angle(), 0.5), draw(normal(2))
+    size, turn, stretch, shift = draw(normal()), draw(angle()), draw(normal()), draw(normal(2))
+    axis = draw(angle(), 0.5)
     axis, along = torch.where(stretch == 0, 0, axis), 2 ** (0.2 * stretch)  # exactly the identity where nothing is done
     matrix = rotation(turn) @ rotation(-axis) @ torch.diag_embed(torch.stack([1 / along, along], 1)) @ rotation(axis)
     x = transform(x, *flips, matrix / (2 ** (0.2 * size)).view(-1, 1, 1), 0.125 * x.shape[-1] * shift)
@@ -752,7 +754,7 @@ def rotation(angle):
 
 def transform(x, flip_x, flip_y, matrix, shift):
     """Mirror (B,) where told; then what comes to v (in pixels from the middle, x before y) is what was at matrix (B, 2,
-    2) times v - shift (B, 2). x (B, C, S, S). Reflected at its borders; taken between pixels at twice the resolution."""
+    2) times v - shift (B, 2). x (B, C, S, S), reflected at its borders; sampled at twice the resolution."""
     x = torch.where(flip_x.bool().view(-1, 1, 1, 1), x.flip(3), x)
     x = torch.where(flip_y.bool().view(-1, 1, 1, 1), x.flip(2), x)
     B, C, S = x.shape[:3]
@@ -764,8 +766,8 @@ def transform(x, flip_x, flip_y, matrix, shift):
     v = torch.arange(side, dtype=x.dtype, device=x.device) - (side - 1) / 2 + middle
     v = torch.stack(torch.meshgrid(v, v, indexing="xy"), -1).view(1, -1, 2)  # (1, side^2, 2)
     u = (v - 2 * shift[:, None]) @ matrix.mT                               # where each is taken from
-    margin = math.ceil((u.abs().max().item() - (side - 1) / 2) / 2)
-    margin = min(margin + taps // 4, S - 1) if margin > 0 else 0
+    margin = math.ceil((u.abs().max().item() - (side - 1) / 2) / 2) + (taps - 2) // 2  # as far as the filter reaches
+    margin = min(max(margin, 0), S - 1)
     x = F.pad(x, [margin] * 4, mode="reflect")
     kernel = torch.tensor(SYM6, dtype=x.dtype, device=x.device).expand(C, 1, 1, taps)
     x = F.conv_transpose2d(x, kernel, stride=(1, 2), groups=C)             # twice the width, then twice the height

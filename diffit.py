@@ -6,15 +6,7 @@ where num_classes, or no y at all, means "no class". It returns (B, C, H, W), or
 learn_sigma. Parts come first, then blocks, then networks, then what the paper compares them with, then `build`.
 
 B images, N tokens on a g x g grid, D width, h heads, c (B, D) the condition: time plus label.
-
-The paper's ablations are values of `time_in`, where the time enters a DiffiT block:
-    "qkv"       in queries, keys and values (TMSA, eqs. 3-6; the default)
-    "token"     as a token of its own, one more key and value (Table 7)
-    "bias"      in the relative position bias (Table 6, F)
-    "mlp"       in the MLP's hidden layer (Table 6, G)
-    "none"      nowhere, for blocks that get it in another way (Table 4's plain stages, DDPM++'s own attention)
 """
-import functools
 import math
 
 import torch
@@ -135,10 +127,9 @@ class TMSA(nn.Module):
 
     x (B, N, D) tokens of a grid x grid image in row order, c (B, cond_dim) -> (B, N, D). With `window`,
     attention stays inside non-overlapping window x window squares (image-space model); without, it
-    spans the grid. time_in: see the top of this file; what concerns the MLP leaves the attention without time.
-    ValueError if heads do not divide the width or the window does not divide the grid."""
+    spans the grid. ValueError if heads do not divide the width or the window does not divide the grid."""
 
-    def __init__(self, dim, num_heads, grid, cond_dim=None, window=None, time_in="qkv"):
+    def __init__(self, dim, num_heads, grid, cond_dim=None, window=None):
         super().__init__()
         check_heads(dim, num_heads)
         self.num_heads, self.grid, self.window = num_heads, grid, window or grid
@@ -146,40 +137,34 @@ class TMSA(nn.Module):
             raise ValueError(f"windows of {self.window} x {self.window} tokens do not tile a grid of {grid} x {grid} "
                              f"tokens; choose a window or an image size so that one divides the other")
         self.qkv = nn.Linear(dim, 3 * dim)
-        offsets, cond_dim = (2 * self.window - 1) ** 2, cond_dim or dim
-        self.qkv_temb = nn.Linear(cond_dim, 3 * dim) if time_in == "qkv" else None
-        self.token = nn.Linear(cond_dim, 2 * dim) if time_in == "token" else None
+        self.qkv_temb = nn.Linear(cond_dim or dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.bias_temb = nn.Linear(cond_dim, offsets * num_heads) if time_in == "bias" else None
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(offsets, num_heads))
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * self.window - 1) ** 2, num_heads))
 
-    def bias(self, c=None):
-        """(h, w*w, w*w): entry (i, j) is the table's row for the offset of token j from token i. Where time is in the
-        bias, a table for each image: (B, h, w*w, w*w)."""
-        w, table = self.window, self.relative_position_bias_table
-        if self.bias_temb is not None:
-            table = table + self.bias_temb(c).view(len(c), *table.shape)
+    def project(self, x, c):
+        """Queries, keys and values, side by side: (B, N, 3D)."""
+        return self.qkv(x) + self.qkv_temb(c)[:, None]                     # one time vector an image, broadcast
+
+    def bias(self, table):
+        """(..., offsets, h) -> (..., h, w*w, w*w): entry (i, j) is the table's row for the offset of token j from i."""
+        w = self.window
         table = table.unflatten(-2, (2 * w - 1, 2 * w - 1))
         # Of token i at (yi, xi) and j at (yj, xj) it takes row yi - yj + w - 1, column xi - xj + w - 1: windows slid
         # over the table, read backwards. No index is stored.
         table = table.unfold(-3, w, 1).unfold(-3, w, 1).flip(-2, -1)       # (..., yi, xi, h, yj, xj)
         return table.movedim(-3, -5).flatten(-4, -3).flatten(-2)
 
+    def attend(self, q, k, v, c):
+        """q, k, v (B n^2, h, w^2, D/h), windows of an image together -> the same."""
+        return attend(q, k, v, self.bias(self.relative_position_bias_table).to(q.dtype))
+
     def forward(self, x, c):
         B, N, D = x.shape
         w, n = self.window, self.grid // self.window                       # n x n windows of w x w tokens
-        qkv = self.qkv(x)
-        if self.qkv_temb is not None:
-            qkv = qkv + self.qkv_temb(c)[:, None]                          # one time vector an image, broadcast
+        qkv = self.project(x, c)
         qkv = qkv.view(B, n, w, n, w, 3, self.num_heads, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)
         q, k, v = qkv.reshape(3, B * n * n, self.num_heads, w * w, -1)     # each (B n^2, h, w^2, D/h)
-        bias = self.bias(c).to(q.dtype)
-        if bias.dim() == 4:
-            bias = bias.repeat_interleave(n * n, 0)                        # an image's for each of its windows
-        if self.token is not None:
-            time = self.token(c).view(B, 2, self.num_heads, 1, -1).repeat_interleave(n * n, 0)
-            k, v, bias = torch.cat([k, time[:, 0]], 2), torch.cat([v, time[:, 1]], 2), F.pad(bias, (0, 1))
-        x = attend(q, k, v, bias)
+        x = self.attend(q, k, v, c)
         x = x.view(B, n, n, self.num_heads, w, w, -1).permute(0, 1, 4, 2, 5, 3, 6)
         return self.proj(x.reshape(B, N, D))
 
@@ -230,13 +215,13 @@ class Mlp(nn.Module):
 
 
 class DiffiTBlock(nn.Module):
-    """DiffiT eqs. 7-8: x = TMSA(LN(x), c) + x;  x = MLP(LN(x)) + x. Time enters in the attention alone (or where
-    time_in says)."""
+    """DiffiT eqs. 7-8: x = TMSA(LN(x), c) + x;  x = MLP(LN(x)) + x. Time enters in the attention alone. time_in: the
+    paper's ablations, ATTENTION below."""
 
     def __init__(self, dim, num_heads, mlp_ratio, grid, cond_dim=None, window=None, time_in="qkv"):
         super().__init__()
         self.norm1, self.norm2 = layer_norm(dim), layer_norm(dim)
-        self.attn = TMSA(dim, num_heads, grid, cond_dim, window, time_in)
+        self.attn = chosen("time_in", time_in, ATTENTION)(dim, num_heads, grid, cond_dim, window)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), (cond_dim or dim) if time_in == "mlp" else None)
 
     def forward(self, x, c):
@@ -307,10 +292,10 @@ class ResBlock(nn.Module):
         return tokens.transpose(1, 2).reshape(h.shape) + self.skip(x)
 
 
-def group_norm(channels):
+def group_norm(channels, eps=1e-5):
     """At most 32 groups of at least 4 channels, as in EDM."""
     most = max(1, min(32, channels // 4))
-    return nn.GroupNorm(next(groups for groups in range(most, 0, -1) if channels % groups == 0), channels)
+    return nn.GroupNorm(next(groups for groups in range(most, 0, -1) if channels % groups == 0), channels, eps)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -323,7 +308,7 @@ class Transformer(nn.Module):
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1, learn_sigma=True, embed_gain=1.0,
-                 time_embedding="positional", augment=False):
+                 time_embedding="positional", augment=False, **block_options):
         super().__init__()
         if input_size % patch_size:
             raise ValueError(f"patches of {patch_size} do not tile an input of {input_size} x {input_size}; "
@@ -333,7 +318,8 @@ class Transformer(nn.Module):
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         add_condition(self, hidden_size, time_embedding, num_classes, class_dropout_prob, augment)
         self.register_buffer("pos_embed", sincos_2d(hidden_size, self.grid))
-        self.blocks = nn.ModuleList(self.Block(hidden_size, num_heads, mlp_ratio, self.grid) for _ in range(depth))
+        self.blocks = nn.ModuleList(self.Block(hidden_size, num_heads, mlp_ratio, self.grid, **block_options)
+                                    for _ in range(depth))
         self.final_layer = self.Head(hidden_size, patch_size ** 2 * self.out_channels)
         self.init_weights(embed_gain)
 
@@ -359,11 +345,7 @@ class Transformer(nn.Module):
 
 class DiffiT(Transformer):
     """Latent DiffiT (Sec. 3.2 "latent space", Fig. 4), as released: plain blocks of TMSA and MLP."""
-    Head = DiffiTHead
-
-    def __init__(self, *args, time_in="qkv", **kwargs):
-        self.Block = functools.partial(DiffiTBlock, time_in=time_in)
-        super().__init__(*args, **kwargs)
+    Block, Head = DiffiTBlock, DiffiTHead
 
 
 class DiT(Transformer):
@@ -376,21 +358,16 @@ class DiffiTUNet(nn.Module):
 
     channels, blocks: width and number of ResBlocks at each resolution, finest first; each resolution is
     half of the one before. window: side of the attention windows in tokens (a whole grid that is smaller
-    is one window). encoder, decoder: "diffit", or what Table 4 puts in its place ("plain" and "vit", "plain" and
-    "setr", see below). ValueError if the sizes do not divide."""
+    is one window). encoder: "diffit", "plain" or "vit", decoder: "diffit", "plain" or "setr" (Table 4, below).
+    ValueError if the sizes do not divide."""
 
     def __init__(self, input_size=64, in_channels=3, channels=(128, 256, 256, 256), blocks=(4, 4, 4, 4), num_heads=4,
                  window=8, cond_size=512, mlp_ratio=4.0, dropout=0.0, num_classes=0, class_dropout_prob=0.1,
                  learn_sigma=False, time_in="qkv", time_embedding="positional", augment=False, encoder="diffit",
                  decoder="diffit"):
         super().__init__()
-        levels = len(channels)
-        if len(blocks) != levels:
-            raise ValueError(f"{levels} widths {channels} but {len(blocks)} block counts {blocks}; "
-                             f"give one for each resolution")
-        if input_size % 2 ** (levels - 1):
-            raise ValueError(f"{levels} resolutions need a size divisible by {2 ** (levels - 1)}; "
-                             f"{input_size} is not")
+        levels = check_levels(input_size, channels, blocks)
+        chosen("encoder", encoder, ("diffit", "plain", "vit")), chosen("decoder", decoder, ("diffit", "plain", "setr"))
         add_condition(self, cond_size, time_embedding, num_classes, class_dropout_prob, augment)
 
         def stage(level, extra, plain):                                    # its first block takes `extra` channels too
@@ -421,6 +398,25 @@ class DiffiTUNet(nn.Module):
         features = self.encoder(x, c)                                      # (B, channels[i], H / 2^i, W / 2^i) each
         x = self.decoder(features, c)                                      # (B, channels[0], H, W)
         return self.head(F.silu(self.head_norm(x)))                        # (B, C, H, W)
+
+
+def check_levels(input_size, channels, blocks):
+    """The number of resolutions. ValueError if the sizes do not fit it."""
+    levels = len(channels)
+    if len(blocks) != levels:
+        raise ValueError(f"{levels} widths {channels} but {len(blocks)} block counts {blocks}; "
+                         f"give one for each resolution")
+    if input_size % 2 ** (levels - 1):
+        raise ValueError(f"{levels} resolutions need a size divisible by {2 ** (levels - 1)}; "
+                         f"{input_size} is not")
+    return levels
+
+
+def chosen(name, value, known):
+    """known[value], or value itself where known only lists what there is. ValueError if it is unknown."""
+    if value not in known:
+        raise ValueError(f"unknown {name} {value!r}; there are {', '.join(known)}")
+    return known[value] if isinstance(known, dict) else value
 
 
 class Stage(nn.Module):
@@ -478,8 +474,8 @@ def add_condition(model, dim, time_embedding, num_classes, class_dropout_prob, a
     """What `condition` needs of a network: embeddings of time and label, and of nine augmentation labels (EDM, App.
     F.2)."""
     model.num_classes = num_classes
-    embedder = {"positional": TimestepEmbedder, "fourier": FourierEmbedder, "none": NoEmbedder}[time_embedding]
-    model.t_embedder = embedder(dim)
+    embedders = {"positional": TimestepEmbedder, "fourier": FourierEmbedder, "none": NoEmbedder}
+    model.t_embedder = chosen("time_embedding", time_embedding, embedders)(dim)
     model.y_embedder = LabelEmbedder(num_classes, dim, class_dropout_prob) if num_classes else None
     model.augment_embedder = nn.Linear(9, dim, bias=False) if augment else None
 
@@ -513,6 +509,55 @@ def init_common(model):
             nn.init.normal_(module.mlp[2].weight, std=0.02)
     if model.y_embedder is not None:
         nn.init.normal_(model.y_embedder.embedding_table.weight, std=0.02)
+
+
+# ---------------------------------------------------------------------------------------------
+# What Tables 6 and 7 compare with: the time elsewhere than in queries, keys and values
+
+class Untimed(TMSA):
+    """The same attention, blind to time."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.qkv_temb = None
+
+    def project(self, x, c):
+        return self.qkv(x)
+
+
+class TimeAsToken(Untimed):
+    """The time is a token of its own, which all others see: one more key and value in each window, without a bias."""
+
+    def __init__(self, dim, num_heads, grid, cond_dim=None, window=None):
+        super().__init__(dim, num_heads, grid, cond_dim, window)
+        self.token = nn.Linear(cond_dim or dim, 2 * dim)
+
+    def attend(self, q, k, v, c):
+        time = self.token(c).view(len(c), 2, self.num_heads, 1, -1).repeat_interleave(len(q) // len(c), 0)
+        k, v = torch.cat([k, time[:, 0]], dim=2), torch.cat([v, time[:, 1]], dim=2)
+        bias = F.pad(self.bias(self.relative_position_bias_table), (0, 1))  # (h, w^2, w^2 + 1)
+        return attend(q, k, v, bias.to(q.dtype))
+
+
+class TimeInBias(Untimed):
+    """The time adds to the table of the relative position bias, for each offset and head."""
+
+    def __init__(self, dim, num_heads, grid, cond_dim=None, window=None):
+        super().__init__(dim, num_heads, grid, cond_dim, window)
+        self.bias_temb = nn.Linear(cond_dim or dim, self.relative_position_bias_table.numel())
+
+    def attend(self, q, k, v, c):
+        table = self.relative_position_bias_table
+        bias = self.bias(table + self.bias_temb(c).view(-1, *table.shape))  # (B, h, w^2, w^2)
+        return attend(q, k, v, bias.to(q.dtype).repeat_interleave(len(q) // len(c), 0))
+
+
+ATTENTION = {                         # time_in: where the time enters a DiffiTBlock
+    "qkv": TMSA,                      # eqs. 3-6 (Table 6, H; Table 7, mixed)
+    "token": TimeAsToken,             # Table 7, separate
+    "bias": TimeInBias,               # Table 6, F
+    "mlp": Untimed,                   # Table 6, G: in the hidden layer of the MLP
+    "none": Untimed}                  # nowhere: for blocks that get it in another way (Table 4's plain stages)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -576,8 +621,11 @@ class DDPMpp(nn.Module):
                  cond_size=512, dropout=0.0, num_classes=0, class_dropout_prob=0.1, learn_sigma=False, time_in="none",
                  time_embedding="positional", augment=False):
         super().__init__()
+        last, stem = check_levels(input_size, channels, blocks) - 1, cond_size // 4  # the base width: 128
+        if not stem:
+            raise ValueError(f"a time token of {cond_size} is too narrow: DDPM++ begins with a quarter of it")
+        chosen("time_in", time_in, ("qkv", "none"))
         add_condition(self, cond_size, time_embedding, num_classes, class_dropout_prob, augment)
-        stem = cond_size // 4                                              # the base width, 128
 
         def block(before, width, level, attends, **resample):
             grid = input_size >> level
@@ -594,7 +642,6 @@ class DDPMpp(nn.Module):
                 self.down.append(block(x, width, level, input_size >> level == 16))
                 x = width
                 widths.append(x)
-        last = len(channels) - 1
         self.middle = nn.ModuleList([block(x, x, last, True), block(x, x, last, False)])
         for level in range(last, -1, -1):
             if level < last:
@@ -604,10 +651,11 @@ class DDPMpp(nn.Module):
                 self.up.append(block(x + widths.pop(), channels[level], level, attends))
                 x = channels[level]
         self.down, self.up = nn.ModuleList(self.down), nn.ModuleList(self.up)
-        self.head_norm = nn.GroupNorm(min(32, x // 4), x, eps=1e-6)
+        self.head_norm = group_norm(x, 1e-6)
         self.head = nn.Conv2d(x, (2 if learn_sigma else 1) * in_channels, 3, padding=1)
         init_common(self)
-        for end in [self.head, *(b.conv2 for b in self.modules() if isinstance(b, DDPMppBlock))]:
+        blocks = [module for module in self.modules() if isinstance(module, DDPMppBlock)]
+        for end in [self.head, *(b.conv2 for b in blocks), *(b.attn.proj for b in blocks if b.attn is not None)]:
             nn.init.zeros_(end.weight)
 
     def forward(self, x, t, y=None, augmented=None):
@@ -630,14 +678,13 @@ class DDPMppBlock(nn.Module):
 
     def __init__(self, before, width, cond_size, grid, dropout, num_heads, tmsa, down=False, up=False):
         super().__init__()
-        norm = lambda channels: nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
         self.downsamples, self.upsamples = down, up
-        self.norm1, self.conv1 = norm(before), nn.Conv2d(before, width, 3, padding=1)
+        self.norm1, self.conv1 = group_norm(before, 1e-6), nn.Conv2d(before, width, 3, padding=1)
         self.temb = nn.Linear(cond_size, width)
-        self.norm2, self.conv2 = norm(width), nn.Conv2d(width, width, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(width, 1e-6), nn.Conv2d(width, width, 3, padding=1)
         self.dropout = nn.Dropout(dropout)
-        self.skip = nn.Conv2d(before, width, 1) if before != width else nn.Identity()
-        self.norm3, self.attn = (norm(width) if num_heads else None), None
+        self.skip = nn.Conv2d(before, width, 1) if before != width or down or up else nn.Identity()
+        self.norm3, self.attn = (group_norm(width, 1e-6) if num_heads else None), None
         if num_heads:
             self.attn = TMSA(width, num_heads, grid, cond_size) if tmsa else Attention(width, num_heads)
 

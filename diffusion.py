@@ -259,7 +259,8 @@ class VP(EDM):
 
 
 class VE(EDM):
-    """Song et al. 2021's variance exploding SDE: ln sigma is uniform between sigma_min and sigma_max."""
+    """Song et al. 2021's variance exploding SDE: in training ln sigma is uniform over a range of its own."""
+    low, high = math.log(0.02), math.log(100)
 
     def coefficients(self, sigma):
         return torch.ones_like(sigma), sigma, torch.ones_like(sigma), (sigma / 2).log()
@@ -271,12 +272,10 @@ class VE(EDM):
         return 1 / sigma ** 2
 
     def draw(self, B, device="cpu"):
-        low, high = math.log(self.sigma_min), math.log(self.sigma_max)
-        return (low + (high - low) * torch.rand(B, device=device)).exp()
+        return (self.low + (self.high - self.low) * torch.rand(B, device=device)).exp()
 
     def quarter(self, sigma):
-        low, high = math.log(self.sigma_min), math.log(self.sigma_max)
-        return ((sigma.log() - low) / (high - low) * 4).long().clamp(0, 3)
+        return ((sigma.log() - self.low) / (self.high - self.low) * 4).long().clamp(0, 3)
 
 
 # ---------------------------------------------------------------------------------------------

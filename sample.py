@@ -231,9 +231,9 @@ def load_model(path, preset="", raw=False, device=None):
     elif preset:
         cfg = config_from(preset, {})
     else:
-        fits = [name for name in PRESETS if fit(weights, name)]
+        fits = [name for name in PRESETS if fit(weights, name)][:1]        # of several, the first is the released one
         raise ValueError(f"{path} does not say which network it holds; pass --preset"
-                         + (f" {' or '.join(fits)}" if fits else ", though none of them has such weights"))
+                         + (f" {fits[0]}" if fits else ", though none of them has such weights"))
     with torch.device("meta"):
         model = diffit.build(cfg)
     data.load_weights(model, weights, path, assign=True)
@@ -476,8 +476,8 @@ def shape_classifier(size, seed=0):
 GRID = 400                            # images that a grid shows at the most
 FILM = 20                             # and a film
 # The fields of Config that a sampler goes by, and that may differ from those of training.
-SAMPLING = ["sampler", "steps", "eta", "churn", "churn_interval", "churn_noise", "clip", "sigma_min", "sigma_max", "rho",
-            "cfg", "cfg_schedule", "cfg_channels", "cfg_interval", "cfg_exact", "vae", "precision"]
+SAMPLING = ["sampler", "steps", "eta", "churn", "churn_interval", "churn_noise", "clip",
+            "sigma_min", "sigma_max", "rho", "cfg", "cfg_schedule", "cfg_channels", "cfg_interval", "cfg_exact", "vae", "precision"]
 
 
 def parse_classes(text, cfg):

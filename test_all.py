@@ -333,13 +333,13 @@ def naive_attention(attention, x, c=None):
     h, d, grid = attention.num_heads, D // attention.num_heads, round(math.sqrt(N))
     window = getattr(attention, "window", grid)
     qkv = attention.qkv(x)
-    if c is not None and attention.qkv_temb is not None:
+    if isinstance(attention, diffit.TMSA) and attention.qkv_temb is not None:
         qkv = qkv + attention.qkv_temb(c)[:, None]
     q, k, v = (part.view(B, N, h, d) for part in qkv.chunk(3, dim=-1))
     table = None
     if c is not None:
         table = attention.relative_position_bias_table.expand(B, -1, -1)   # (B, offsets, h)
-        if attention.bias_temb is not None:
+        if isinstance(attention, diffit.TimeInBias):
             table = table + attention.bias_temb(c).view(B, -1, h)
     out = torch.zeros(B, N, h, d, dtype=x.dtype)
     for i in range(N):
@@ -353,7 +353,7 @@ def naive_attention(attention, x, c=None):
             rows = [(yi - j // grid + window - 1) * (2 * window - 1) + xi - j % grid + window - 1
                     for j in mates]
             score = score + table[:, rows].transpose(1, 2)
-        if c is not None and attention.token is not None:
+        if isinstance(attention, diffit.TimeAsToken):
             key, value = attention.token(c).view(B, 2, h, d).unbind(1)
             score = torch.cat([score, (q[:, i] * key).sum(-1, keepdim=True) / math.sqrt(d)], dim=-1)
             values = torch.cat([values, value[:, None]], dim=1)
@@ -361,9 +361,9 @@ def naive_attention(attention, x, c=None):
     return attention.proj(out.reshape(B, N, D))
 
 
-def random_tmsa(*args, **kwargs):
+def random_tmsa(*args, time_in="qkv", **kwargs):
     torch.manual_seed(0)
-    layer = diffit.TMSA(*args, **kwargs).double()
+    layer = diffit.ATTENTION[time_in](*args, **kwargs).double()
     for p in layer.parameters():
         nn.init.normal_(p, std=0.3)
     return layer
@@ -397,7 +397,8 @@ def test_time_enters_where_it_should():
         assert same_as_plain == (time_in != "token"), f"{time_in}: a token of zeros still takes its share"
     hidden = F.linear(x, plain.mlp.fc1.weight, plain.mlp.fc1.bias) + 3.0
     mlp = diffit.Mlp(12, 24, 5)
-    mlp.load_state_dict({**plain.mlp.state_dict(), "temb.weight": torch.zeros(24, 5), "temb.bias": torch.full((24,), 3.0)})
+    mlp.load_state_dict({**plain.mlp.state_dict(), "temb.weight": torch.zeros(24, 5),
+                         "temb.bias": torch.full((24,), 3.0)})
     close(mlp(x, c), plain.mlp.fc2(F.gelu(hidden, approximate="tanh")), 1e-6)
 
 
@@ -446,7 +447,8 @@ def test_setr_joins_every_feature_at_full_size():
     total = decoder.reduce[2](features[2])                                 # written out, coarsest first
     full = []
     for k in (2, 1, 0):
-        total = total if k == 2 else decoder.reduce[k](features[k]) + F.interpolate(total, scale_factor=2, mode="bilinear")
+        if k < 2:
+            total = decoder.reduce[k](features[k]) + F.interpolate(total, scale_factor=2, mode="bilinear")
         full.append(F.interpolate(F.silu(decoder.refine[k](total)), size=(16, 16), mode="bilinear"))
     close(decoder(features, None), decoder.join(torch.cat(full, 1)), 1e-6)
 
@@ -464,8 +466,9 @@ def test_ddpmpp_block_is_its_formula():
     down, up = (diffit.DDPMppBlock(8, 8, 6, 4, 0.0, 0, False, **{way: True}) for way in ("down", "up"))
     x, c = torch.randn(2, 8, 4, 4), torch.randn(2, 6)
     assert down(x, c).shape == (2, 8, 2, 2) and up(x, c).shape == (2, 8, 8, 8)
-    nn.init.zeros_(down.conv2.weight), nn.init.zeros_(down.conv2.bias)
-    close(down(x, c), F.avg_pool2d(x, 2) / math.sqrt(2), 1e-6)
+    for block, resampled in [(down, F.avg_pool2d(x, 2)), (up, F.interpolate(x, scale_factor=2))]:
+        nn.init.zeros_(block.conv2.weight), nn.init.zeros_(block.conv2.bias)
+        close(block(x, c), block.skip(resampled) / math.sqrt(2), 1e-6)
 
 
 def test_tmsa_gradients_equal_the_naive_form():
@@ -633,6 +636,12 @@ def test_sizes_that_do_not_fit_are_refused():
     refused(lambda: diffit.DiffiT(**{**SMALL, "patch_size": 3}), "3", "8 x 8", "multiple")
     refused(lambda: diffit.DiffiTUNet(30, 3), "30", "8")
     refused(lambda: diffit.DiffiTUNet(32, 3, (8, 8), (1,)), "2 widths", "1 block")
+    refused(lambda: diffit.DDPMpp(32, 3, (8, 8), (1,)), "2 widths", "1 block")
+    refused(lambda: diffit.DDPMpp(30, 3, (8, 8, 8), (1, 1, 1)), "30", "4")
+    refused(lambda: diffit.DDPMpp(32, 3, (8, 8), (1, 1), cond_size=3), "3", "narrow")
+    refused(lambda: diffit.DiffiT(**SMALL, time_in="kqv"), "kqv", "token", "bias")
+    refused(lambda: diffit.DiT(**SMALL, time_embedding="sin"), "sin", "fourier")
+    refused(lambda: diffit.DiffiTUNet(32, 3, (8, 8), (1, 1), encoder="Vit"), "Vit", "plain")
     refused(lambda: diffit.DiffiTUNet(24, 3, (8, 8), (1, 1), 2, window=8), "8 x 8", "12 x 12")
 
 
@@ -963,6 +972,7 @@ def test_vp_and_ve_are_songs():
     drawn = vp.time(vp.draw(50_000)), ve.draw(50_000).log()
     close(torch.stack([drawn[0].mean(), drawn[0].std()]), [0.5, 1 / math.sqrt(12)], 0.01)
     close(torch.stack([drawn[1].min(), drawn[1].max()]), [math.log(0.02), math.log(100)], 0.01)
+    assert diffusion.VE().draw(9_999).max() > 90, "the sampler's range does not bound it"
     for process in (vp, ve):
         levels = process.draw(20_000)
         close(torch.bincount(process.quarter(levels), minlength=4) / 20_000, [0.25] * 4, 0.02)
@@ -1235,6 +1245,9 @@ def test_augmentation_does_what_it_says():
     close(halved[..., 8:17, 8:17], smooth(25)[..., 4:21:2, 4:21:2], 0.02, "half the size")
     white = data.transform(torch.ones(2, 3, 16, 16), no, no, data.rotation(torch.tensor([0.4, 2.0])), torch.ones(2, 2))
     close(white, torch.ones(2, 3, 16, 16), 1e-3, "white stays white")
+    for scale in (0.7, 0.9, 1.3):
+        white = data.transform(torch.ones(1, 3, 16, 16), no[:1], no[:1], scale * torch.eye(2)[None], torch.zeros(1, 2))
+        close(white, torch.ones(1, 3, 16, 16), 1e-3, f"white stays white, size 1 / {scale}")
 
 
 def test_augmentation_labels_say_what_was_done():
@@ -1251,8 +1264,8 @@ def test_augmentation_labels_say_what_was_done():
         x = smooth(16)
         made, l = data.augment(x, 0.5)
         turn, axis, rebuilt = torch.atan2(l[:, 4], l[:, 3] + 1), torch.atan2(l[:, 6], l[:, 5]), []
-        for sign in (1, -1):                                               # a stretch of -n along an axis has the labels
-            along = 2 ** (0.2 * sign * l[:, 5:7].norm(dim=1))              # of n along its other end
+        for sign in (1, -1):                       # a stretch of -n along an axis has the labels of n along its other end
+            along = 2 ** (0.2 * sign * l[:, 5:7].norm(dim=1))
             matrix = data.rotation(turn) @ data.rotation(-axis) @ torch.diag_embed(torch.stack([1 / along, along], 1))
             matrix = matrix @ data.rotation(axis) / (2 ** (0.2 * l[:, 2])).view(-1, 1, 1)
             rebuilt.append(data.transform(x, l[:, 0], l[:, 1], matrix, 0.125 * 16 * l[:, 7:]))
@@ -1384,7 +1397,8 @@ def test_safetensors_come_back_as_written():
         body = np.arange(6, dtype=np.float32).tobytes() + bytes([1, 2, 3, 4])
         path.write_bytes(header + body)
         read = data.read_safetensors(path)
-        assert data.safetensors_layout(path)[1] == {"made": "here"} and starts == {"x": len(header), "y": len(header) + 24}
+        assert data.safetensors_layout(path)[1] == {"made": "here"}
+        assert starts == {"x": len(header), "y": len(header) + 24}
         assert read["x"].tolist() == [[0, 1, 2], [3, 4, 5]] and read["y"].tolist() == [1, 2, 3, 4]
 
 
@@ -1680,7 +1694,8 @@ def test_table_of_presets():
     lines = [line.split() for line in said.getvalue().splitlines()]
     rows = {words[0]: words for words in lines if words and words[0] in configs.PRESETS}
     assert list(rows) == list(configs.PRESETS) and sum(name.startswith("dit-") for name in rows) == 15
-    assert said.getvalue().count("\nDiffiT Table 3\n") == 1 and rows["dit-xl-2"][-4:] == ["2.27", "675M,", "119", "GFLOPs"]
+    assert said.getvalue().count("\nDiffiT Table 3\n") == 1
+    assert rows["dit-xl-2"][-4:] == ["2.27", "675M,", "119", "GFLOPs"]
     assert rows["imagenet256"][1:6] == ["diffit", "561.04M", "118.51", "256", "1.73"], rows["imagenet256"]
     assert {"shapes", "cifar10", "ffhq64", "imagenet256-depth30", "imagenet512", "cifar100-450x6"} <= set(rows)
     for name, cfg in configs.PRESETS.items():
@@ -1689,12 +1704,12 @@ def test_table_of_presets():
 
 def test_every_row_of_the_papers_tables_is_there():
     """The FIDs that DiffiT's tables report, by the preset that trains them."""
-    paper = {"cifar10": 1.95, "ffhq64": 2.22, "imagenet256": 1.73, "imagenet512": 2.67, "dit-xl-2": 2.27, "dit-xl-2-512": 3.04,
-             "cifar10-512-512": 1.99, "cifar10-256-256": 2.13, "ffhq64-512-512": 2.27, "ffhq64-256-256": 2.41,
+    paper = {"cifar10": 1.95, "ffhq64": 2.22, "imagenet256": 1.73, "imagenet512": 2.67, "dit-xl-2": 2.27,
+             "dit-xl-2-512": 3.04, "cifar10-512-512": 1.99, "cifar10-256-256": 2.13, "ffhq64-512-512": 2.27, "ffhq64-256-256": 2.41,
              "cifar10-a-vit-setr": 5.34, "cifar10-b-plain-setr": 4.64, "cifar10-c-plain-plain": 3.71,
              "cifar10-d-diffit-plain": 2.27, "ddpmpp-ve": 3.77, "ddpmpp-ve-tmsa": 3.49, "ddpmpp-vp": 3.01,
-             "ddpmpp-vp-tmsa": 2.76, "cifar10-f-time-bias": 3.97, "cifar10-g-time-mlp": 3.81, "cifar10-time-token": 2.28,
-             "ffhq64-time-token": 2.59, "cifar10-fourier": 2.02, "ffhq64-fourier": 2.37}
+             "ddpmpp-vp-tmsa": 2.76, "cifar10-f-time-bias": 3.97, "cifar10-g-time-mlp": 3.81,
+             "cifar10-time-token": 2.28, "ffhq64-time-token": 2.59, "cifar10-fourier": 2.02, "ffhq64-fourier": 2.37}
     assert {name: fid for name, (_, fid) in configs.SOURCES.items() if fid} == paper
     edm = configs.PRESETS["cifar10"], configs.PRESETS["ffhq64"]
     assert [(c.augment, c.dropout, c.xflip, c.steps, c.batch_size, c.lr, c.nonfinite) for c in edm] == [
@@ -1831,6 +1846,45 @@ def test_non_finite_steps_are_skipped_and_ten_in_a_row_end_the_run():
             refused(lambda: train_here(cfg, root / "b"), "10 steps in a row", "step 14")
     finally:
         EDM.loss = loss
+
+
+def test_gradients_that_are_no_numbers_become_zero():
+    """EDM's way: a step whose gradient is NaN in one parameter moves that one as a gradient of zero would, the others
+    as ever; it is counted."""
+    cfg = configs.config_from("shapes", dict(hidden_size=16, depth=1, num_heads=2, batch_size=8, nonfinite="zero",
+                                             grad_clip=0.0, precision="fp32"))
+    x, y = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8)
+    ends = []
+    for poison in (math.nan, 0.0):
+        trainer = train.Trainer(cfg, torch.device("cpu"))
+        for p in trainer.parameters:                                       # a fresh head is zero and hides the rest
+            nn.init.normal_(p, std=0.05, generator=torch.Generator().manual_seed(p.numel()))
+        hook = trainer.parameters[0].register_hook(lambda grad: grad * poison)
+        norms = trainer.step(100, iter([(x, y, [])]))[1]
+        assert (norms is None) == math.isnan(poison)
+        hook.remove()
+        ends.append([p.detach().clone() for p in trainer.parameters])
+    for a, b in zip(*ends):
+        assert a.isfinite().all() and torch.equal(a, b)
+
+
+def test_study_makes_a_table_and_resumes():
+    with folder() as root:
+        flags = ("--study", "--out", root / "s", "--hidden-size", 16, "--depth", 1, "--num-heads", 2, "--batch-size", 8,
+                 "--kimg", 0.016, "--tick-kimg", 0.008, "--steps", 2, "--workers", 0, "--lr-rampup-kimg", 0)
+        real, said = train.study, io.StringIO()
+        train.study = lambda out, flags: real(out, flags, seeds=2, n=20)
+        try:
+            code, said = command(train, *flags)
+            assert code == 0, said
+            rows = [line for line in said.splitlines() if line.startswith("| ")][1:]
+            assert [row.split(" | ")[0][2:] for row in rows] == list(train.STUDY) and len(list((root / "s").iterdir())) == 14
+            again = command(train, *flags)[1].splitlines()
+            assert [line for line in again if line.startswith("| ")][1:] == rows, "nothing is trained twice"
+        finally:
+            train.study = real
+        complains(train, *flags, "--time-in", "token", words=["--time-in", "leave out"])
+        complains(train, *flags, "--preset", "cifar10", words=["--study", "--preset"])
 
 
 def test_real_pictures_train_resume_and_sample():

@@ -434,7 +434,7 @@ class Progress:
         text = (f"kimg {entry['kimg']:.1f}  loss {means.get('loss', math.nan):.4f}  lr {lr:.2e}  "
                 f"grad {means.get('grad_norm', math.nan):.3f}  {entry['images_per_s']:.0f} images/s  "
                 f"{entry['memory_gb']:.2f} GB  {clock(left)} left"
-                + (f"  {self.skipped} skipped" if self.skipped else ""))
+                + (f"  {self.skipped} not finite" if self.skipped else ""))
         if self.writes:
             print(f"\r{text:<100}" if self.live else text, end="" if self.live else "\n", file=sys.stderr, flush=True)
         if tick:
@@ -642,12 +642,14 @@ def study(out, flags, seeds=3, n=500):
         losses, shares = [], []
         for seed in range(seeds):
             cfg = config_from("shapes", {**flags, **fields, "seed": seed})
-            folder = out / f"{'-'.join([cfg.model, cfg.time_in, cfg.time_embedding])}-{seed}"
+            folder = out / f"{cfg.model}-{cfg.time_in}-{cfg.time_embedding}-{cfg.kimg:g}kimg-{seed}"
             open_folder(folder, cfg, overwrite=False)
             stopped = train(cfg, data.open_dataset(cfg.data, cfg.input_size), folder, device=device)
             if stopped:
+                say("\nstopped and saved; the same command goes on from here")
                 return stopped
             signal.signal(signal.SIGINT, signal.default_int_handler)       # train's own would wait for a step
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             log = sample.read_checkpoint(folder / "last.pt")["progress"]["log"]
             tail = [entry["loss"] for entry in log if entry["kimg"] > 0.8 * cfg.kimg]
             model, cfg = sample.load_model(folder / "last.pt")
@@ -772,11 +774,16 @@ def run(args):
     """The command with these flags -> the number of the signal that stopped it, if one did."""
     name, out, init_from, overwrite, n, studies = (
         args.pop(key) for key in ("preset", "out", "init_from", "overwrite", "bench", "study"))
+    device = sample.default_device()
     if studies:
-        if name != "shapes" or init_from or overwrite or sample.rank_and_size()[1] > 1:
-            raise ValueError("--study is for the preset shapes and one process, without --init-from and --overwrite")
+        own = {"data", "model", "time_in", "time_embedding", "num_classes", "seed"} & args.keys()
+        if name != "shapes" or own or init_from or overwrite or n is not None or sample.rank_and_size()[1] > 1:
+            raise ValueError("--study chooses data, networks and seeds itself; leave out "
+                             + (" and ".join(map(configs.flag_of, own)) or "--preset, --init-from, --overwrite, --bench "
+                                "and torchrun"))
+        check_machine(config_from(name, args), device)
         return study(Path(out or "runs/study"), args)
-    out, weights, device = Path(out or f"runs/{name}"), None, sample.default_device()
+    out, weights = Path(out or f"runs/{name}"), None
     first = sample.rank_and_size()[0] == 0                                 # the process that speaks and writes
     overwrite = overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # torchrun's restarts resume
     cfg = config_from(name, args)
