@@ -150,7 +150,10 @@ def read_file(path):
         with torch.serialization.safe_globals([argparse.Namespace]):       # the flags, in checkpoints of DiT's training
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:                                             # torch.load fails in a dozen ways
-        raise ValueError(f"{path} is truncated, or no file of weights ({reason(error)[:100]})") from None
+        why = reason(error)[:100]
+        if "Weights only" in why:                                          # torch's advice is to trust the file
+            why = "it holds more than tensors and plain values, or none"
+        raise ValueError(f"{path} is truncated, or no file of weights ({why})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not weights by name")
     return content

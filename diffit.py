@@ -504,9 +504,9 @@ def init_common(model):
             nn.init.zeros_(module.bias)
         if isinstance(module, TMSA):
             nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
-        if isinstance(module, TimestepEmbedder):
-            nn.init.normal_(module.mlp[0].weight, std=0.02)
-            nn.init.normal_(module.mlp[2].weight, std=0.02)
+    if isinstance(model.t_embedder, TimestepEmbedder):
+        nn.init.normal_(model.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(model.t_embedder.mlp[2].weight, std=0.02)
     if model.y_embedder is not None:
         nn.init.normal_(model.y_embedder.embedding_table.weight, std=0.02)
 
