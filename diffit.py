@@ -51,7 +51,7 @@ class FourierEmbedder(TimestepEmbedder):
 class NoEmbedder(nn.Module):
     """t (B,) -> zeros (B, dim): for a network that is not told the time."""
 
-    def __init__(self, dim):
+    def __init__(self, dim, frequencies=0):
         super().__init__()
         self.dim = dim
 
@@ -470,12 +470,12 @@ class Decoder(nn.Module):
         return x
 
 
-def add_condition(model, dim, time_embedding, num_classes, class_dropout_prob, augment):
+def add_condition(model, dim, time_embedding, num_classes, class_dropout_prob, augment, frequencies=256):
     """What `condition` needs of a network: embeddings of time and label, and of nine augmentation labels (EDM, App.
     F.2)."""
     model.num_classes = num_classes
     embedders = {"positional": TimestepEmbedder, "fourier": FourierEmbedder, "none": NoEmbedder}
-    model.t_embedder = chosen("time_embedding", time_embedding, embedders)(dim)
+    model.t_embedder = chosen("time_embedding", time_embedding, embedders)(dim, frequencies)
     model.y_embedder = LabelEmbedder(num_classes, dim, class_dropout_prob) if num_classes else None
     model.augment_embedder = nn.Linear(9, dim, bias=False) if augment else None
 
@@ -625,7 +625,7 @@ class DDPMpp(nn.Module):
         if not stem:
             raise ValueError(f"a time token of {cond_size} is too narrow: DDPM++ begins with a quarter of it")
         chosen("time_in", time_in, ("qkv", "none"))
-        add_condition(self, cond_size, time_embedding, num_classes, class_dropout_prob, augment)
+        add_condition(self, cond_size, time_embedding, num_classes, class_dropout_prob, augment, frequencies=stem)
 
         def block(before, width, level, attends, **resample):
             grid = input_size >> level

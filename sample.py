@@ -477,7 +477,8 @@ GRID = 400                            # images that a grid shows at the most
 FILM = 20                             # and a film
 # The fields of Config that a sampler goes by, and that may differ from those of training.
 SAMPLING = ["sampler", "steps", "eta", "churn", "churn_interval", "churn_noise", "clip",
-            "sigma_min", "sigma_max", "rho", "cfg", "cfg_schedule", "cfg_channels", "cfg_interval", "cfg_exact", "vae", "precision"]
+            "sigma_min", "sigma_max", "rho", "cfg", "cfg_schedule", "cfg_channels", "cfg_interval", "cfg_exact",
+            "vae", "precision"]
 
 
 def parse_classes(text, cfg):

@@ -321,6 +321,11 @@ def test_parameter_counts_of_the_papers():
                     (size, patch, count(f"dit-{size}-{patch}"))
 
 
+def test_ddpmpp_has_the_parameters_of_edms():
+    """EDM's DDPM++ for CIFAR-10 has 55,733,891, of which 9 x 128 are for the augmentation labels."""
+    assert configs.measure(configs.PRESETS["ddpmpp-vp"])[0] == 55_733_891 - 9 * 128
+
+
 def test_multiply_adds_of_the_papers():
     # DiT Table 1, GFLOPs as multiply-adds
     close(configs.measure(configs.PRESETS["dit-xl-2"])[1] / 1e9, 118.64, 1e-3, "DiT-XL/2")
@@ -1264,7 +1269,7 @@ def test_augmentation_labels_say_what_was_done():
         x = smooth(16)
         made, l = data.augment(x, 0.5)
         turn, axis, rebuilt = torch.atan2(l[:, 4], l[:, 3] + 1), torch.atan2(l[:, 6], l[:, 5]), []
-        for sign in (1, -1):                       # a stretch of -n along an axis has the labels of n along its other end
+        for sign in (1, -1):                       # a stretch of -n along an axis has the labels of n along the opposite
             along = 2 ** (0.2 * sign * l[:, 5:7].norm(dim=1))
             matrix = data.rotation(turn) @ data.rotation(-axis) @ torch.diag_embed(torch.stack([1 / along, along], 1))
             matrix = matrix @ data.rotation(axis) / (2 ** (0.2 * l[:, 2])).view(-1, 1, 1)
@@ -1705,7 +1710,8 @@ def test_table_of_presets():
 def test_every_row_of_the_papers_tables_is_there():
     """The FIDs that DiffiT's tables report, by the preset that trains them."""
     paper = {"cifar10": 1.95, "ffhq64": 2.22, "imagenet256": 1.73, "imagenet512": 2.67, "dit-xl-2": 2.27,
-             "dit-xl-2-512": 3.04, "cifar10-512-512": 1.99, "cifar10-256-256": 2.13, "ffhq64-512-512": 2.27, "ffhq64-256-256": 2.41,
+             "dit-xl-2-512": 3.04, "cifar10-512-512": 1.99, "cifar10-256-256": 2.13,
+             "ffhq64-512-512": 2.27, "ffhq64-256-256": 2.41,
              "cifar10-a-vit-setr": 5.34, "cifar10-b-plain-setr": 4.64, "cifar10-c-plain-plain": 3.71,
              "cifar10-d-diffit-plain": 2.27, "ddpmpp-ve": 3.77, "ddpmpp-ve-tmsa": 3.49, "ddpmpp-vp": 3.01,
              "ddpmpp-vp-tmsa": 2.76, "cifar10-f-time-bias": 3.97, "cifar10-g-time-mlp": 3.81,
@@ -1878,7 +1884,8 @@ def test_study_makes_a_table_and_resumes():
             code, said = command(train, *flags)
             assert code == 0, said
             rows = [line for line in said.splitlines() if line.startswith("| ")][1:]
-            assert [row.split(" | ")[0][2:] for row in rows] == list(train.STUDY) and len(list((root / "s").iterdir())) == 14
+            assert [row.split(" | ")[0][2:] for row in rows] == list(train.STUDY)
+            assert len(list((root / "s").iterdir())) == 14
             again = command(train, *flags)[1].splitlines()
             assert [line for line in again if line.startswith("| ")][1:] == rows, "nothing is trained twice"
         finally:

@@ -778,9 +778,8 @@ def run(args):
     if studies:
         own = {"data", "model", "time_in", "time_embedding", "num_classes", "seed"} & args.keys()
         if name != "shapes" or own or init_from or overwrite or n is not None or sample.rank_and_size()[1] > 1:
-            raise ValueError("--study chooses data, networks and seeds itself; leave out "
-                             + (" and ".join(map(configs.flag_of, own)) or "--preset, --init-from, --overwrite, --bench "
-                                "and torchrun"))
+            which = " and ".join(map(configs.flag_of, own)) or "--preset, --init-from, --overwrite, --bench, torchrun"
+            raise ValueError(f"--study chooses data, networks and seeds itself; leave out {which}")
         check_machine(config_from(name, args), device)
         return study(Path(out or "runs/study"), args)
     out, weights = Path(out or f"runs/{name}"), None
