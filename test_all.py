@@ -1269,7 +1269,7 @@ def test_augmentation_labels_say_what_was_done():
         x = smooth(16)
         made, l = data.augment(x, 0.5)
         turn, axis, rebuilt = torch.atan2(l[:, 4], l[:, 3] + 1), torch.atan2(l[:, 6], l[:, 5]), []
-        for sign in (1, -1):                       # a stretch of -n along an axis has the labels of n along the opposite
+        for sign in (1, -1):                       # a stretch of -n along an axis has the labels of n the other way
             along = 2 ** (0.2 * sign * l[:, 5:7].norm(dim=1))
             matrix = data.rotation(turn) @ data.rotation(-axis) @ torch.diag_embed(torch.stack([1 / along, along], 1))
             matrix = matrix @ data.rotation(axis) / (2 ** (0.2 * l[:, 2])).view(-1, 1, 1)
