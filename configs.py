@@ -152,8 +152,6 @@ class Config:
             raise ValueError(f"--augment {self.augment} is a probability, from 0 to 1, for pixels (--in-channels 3)")
         if self.churn and self.sampler != "heun":
             raise ValueError(f"--churn {self.churn} is for --sampler heun, and this is {self.sampler}")
-        if self.churn_interval and not (len(self.churn_interval) == 2 and self.churn_interval[0] < self.churn_interval[1]):
-            raise ValueError(f"--churn-interval {self.churn_interval} must be two numbers, LOW,HIGH, the smaller one first")
         if self.model == "ddpmpp" and self.time_in not in ("qkv", "none"):
             raise ValueError(f"--time-in {self.time_in}: DDPM++ has its own attention (none) or TMSA (qkv)")
         if self.model != "ddpmpp" and self.time_in == "none":
@@ -167,8 +165,10 @@ class Config:
             raise ValueError("--learn-sigma needs --process ddpm: there is no other variance to learn")
         if self.cfg_schedule == "power-cosine" and self.process != "ddpm":
             raise ValueError("--cfg-schedule power-cosine needs --process ddpm: it is a function of the timestep")
-        if self.cfg_interval and not (len(self.cfg_interval) == 2 and self.cfg_interval[0] < self.cfg_interval[1]):
-            raise ValueError(f"--cfg-interval {self.cfg_interval} must be two numbers, LOW,HIGH, the smaller one first")
+        for name in ("cfg_interval", "churn_interval"):
+            interval = getattr(self, name)
+            if interval and not (len(interval) == 2 and interval[0] < interval[1]):
+                raise ValueError(f"{flag_of(name)} {interval} must be two numbers, LOW,HIGH, the smaller one first")
         if self.process == "ddpm" and self.steps > self.diffusion_steps:
             raise ValueError(f"--steps {self.steps} is more than the process has: choose from 1 to {self.diffusion_steps}")
 
@@ -328,21 +328,8 @@ DiffiT's 114 GFLOPs are the 118.5 counted here without the two products inside a
 DiT's 119 has them."""
 
 
-def measure(cfg):
-    """-> trained parameters, multiply-adds of one forward pass of one image, tokens; counted on the meta device."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-    import diffit                     # for this table alone: as a module, configs needs no other file
-    with torch.device("meta"):
-        model = diffit.build(cfg).eval()
-        x, t = torch.empty(1, cfg.in_channels, cfg.input_size, cfg.input_size), torch.zeros(1)
-        with FlopCounterMode(display=False) as counter:
-            model(x, t)
-    trained = sum(p.numel() for p in model.parameters())
-    return trained, counter.get_total_flops() / 2, (cfg.input_size // (cfg.patch_size or 1)) ** 2
-
-
 def main():
+    from sample import measure        # for this table alone: as a module, configs needs no other file
     Parser(prog="configs.py", description="Print every preset.").parse_args()
     print(f"{'preset':24}{'network':9}{'parameters':>12}{'GFLOPs':>9}{'tokens':>8}{'FID':>7}   in the paper\n"
           f"{'':44}(multiply-adds) (reported)")

@@ -998,16 +998,15 @@ def cache_latents(source, dest, vae_path, size, batch=8, workers=2, bf16=False):
     moments.flush()
     state[fresh] = DONE
     state.flush()
-    lost = [dataset.name(i) for i in np.flatnonzero(state == UNREADABLE)]
-    if state.all() and len(lost) > allowed(n):
-        raise ValueError(f"{len(lost)} of {n} images cannot be read, more than 1 %; mend or remove them: "
-                         + ", ".join(lost))
-    if state.all() and partial.exists():
-        with contextlib.suppress(FileNotFoundError):                       # another process was faster
-            os.replace(partial, dest)
-            live_line("\n")
-            print(f"{dest}: latents of {int((state == DONE).sum())} images of {size} x {size}, "
-                  f"{len(lost)} unreadable images left out", file=sys.stderr)
+    if not state.all():
+        return                                                             # other processes have places to do
+    lost = Unreadable(dataset, speaks=False)
+    lost.add((dataset.name(i), "") for i in np.flatnonzero(state == UNREADABLE))  # of all processes
+    with contextlib.suppress(FileNotFoundError):                           # another process was faster
+        os.replace(partial, dest)
+        live_line("\n")
+        print(f"{dest}: latents of {int((state == DONE).sum())} images of {size} x {size}, "
+              f"{len(lost.found)} unreadable images left out", file=sys.stderr)
 
 
 def same_start(path, header):

@@ -205,8 +205,8 @@ class EDM:
 
     def denoise(self, f, x, sigma):
         """D(x; sigma): x (B, C, H, W), sigma (B,) -> (B, C, H, W)."""
-        c_skip, c_out, c_in, _ = self.coefficients(sigma.view(-1, 1, 1, 1))
-        return c_skip * x + c_out * f(c_in * x, self.coefficients(sigma)[3]).to(x.dtype)
+        c_skip, c_out, c_in, c_noise = self.coefficients(sigma.view(-1, 1, 1, 1))
+        return c_skip * x + c_out * f(c_in * x, c_noise.flatten()).to(x.dtype)
 
     def levels(self, n):
         """n sigmas from sigma_max to sigma_min, evenly in sigma^(1/rho) (EDM eq. 5)."""
@@ -489,9 +489,9 @@ class Mixture:
             return (self.denoise(x / c_in, torch.ones_like(sigma), sigma) - c_skip * x / c_in) / c_out
         return F if isinstance(process, EDM) else eps
 
-    def cdf(self, x, a=1.0, s=0.0):
-        means, stds = self.components(a, s)
-        return (self.weights * torch.special.ndtr((x[..., None] - means) / stds)).sum(-1)
+    def cdf(self, x):
+        """The share of the data below x."""
+        return (self.weights * torch.special.ndtr((x[..., None] - self.means) / self.stds)).sum(-1)
 
     def quantile(self, u):
         """The point below which lies the share u of the data, by bisection."""

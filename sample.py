@@ -24,11 +24,12 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import diffit
 import diffusion
-from configs import PRESETS, Config, Parser, config_from, measure
+from configs import PRESETS, Config, Parser, config_from
 
 
 # ---------------------------------------------------------------------------------------------
@@ -172,6 +173,17 @@ def memory(device):
         return math.nan
     import resource                                                        # Windows has none
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def measure(cfg):
+    """-> trained parameters, multiply-adds of one forward pass of one image, tokens; counted on the meta device."""
+    with torch.device("meta"):
+        model = diffit.build(cfg).eval()
+        x, t = torch.empty(1, cfg.in_channels, cfg.input_size, cfg.input_size), torch.zeros(1)
+        with FlopCounterMode(display=False) as counter:
+            model(x, t)
+    trained = sum(p.numel() for p in model.parameters())
+    return trained, counter.get_total_flops() / 2, (cfg.input_size // (cfg.patch_size or 1)) ** 2
 
 
 def speed(images_per_s, multiply_adds, cfg, device, size=1):

@@ -323,13 +323,13 @@ def test_parameter_counts_of_the_papers():
 
 def test_ddpmpp_has_the_parameters_of_edms():
     """EDM's DDPM++ for CIFAR-10 has 55,733,891, of which 9 x 128 are for the augmentation labels."""
-    assert configs.measure(configs.PRESETS["ddpmpp-vp"])[0] == 55_733_891 - 9 * 128
+    assert sample.measure(configs.PRESETS["ddpmpp-vp"])[0] == 55_733_891 - 9 * 128
 
 
 def test_multiply_adds_of_the_papers():
     # DiT Table 1, GFLOPs as multiply-adds
-    close(configs.measure(configs.PRESETS["dit-xl-2"])[1] / 1e9, 118.64, 1e-3, "DiT-XL/2")
-    close(configs.measure(configs.PRESETS["dit-s-8"])[1] / 1e9, 0.36, 1e-2, "DiT-S/8")
+    close(sample.measure(configs.PRESETS["dit-xl-2"])[1] / 1e9, 118.64, 1e-3, "DiT-XL/2")
+    close(sample.measure(configs.PRESETS["dit-s-8"])[1] / 1e9, 0.36, 1e-2, "DiT-S/8")
 
 
 def naive_attention(attention, x, c=None):

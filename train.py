@@ -617,7 +617,7 @@ def bench(cfg, device, n):
     seconds = run(range(3, 3 + n)) - began
     if sample.rank_and_size()[0] == 0:
         say(f"{n} steps of {cfg.batch_size} images, {1000 * seconds / n:.1f} ms each: "
-            + sample.speed(n * cfg.batch_size / seconds, 3 * configs.measure(cfg)[1], cfg, device, size))
+            + sample.speed(n * cfg.batch_size / seconds, 3 * sample.measure(cfg)[1], cfg, device, size))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -644,7 +644,7 @@ def study(out, flags, seeds=3, n=500):
             cfg = config_from("shapes", {**flags, **fields, "seed": seed})
             folder = out / f"{cfg.model}-{cfg.time_in}-{cfg.time_embedding}-{cfg.kimg:g}kimg-{seed}"
             open_folder(folder, cfg, overwrite=False)
-            stopped = train(cfg, data.open_dataset(cfg.data, cfg.input_size), folder, device=device)
+            stopped = train(cfg, open_data(cfg), folder, device=device)
             if stopped:
                 say("\nstopped and saved; the same command goes on from here")
                 return stopped
@@ -653,10 +653,9 @@ def study(out, flags, seeds=3, n=500):
             log = sample.read_checkpoint(folder / "last.pt")["progress"]["log"]
             tail = [entry["loss"] for entry in log if entry["kimg"] > 0.8 * cfg.kimg]
             model, cfg = sample.load_model(folder / "last.pt")
-            images = np.concatenate([sample.pixels(x, cfg) for x, _ in sample.generate(model, cfg, range(n))])
-            order = sample.class_order(cfg)
+            images, labels = zip(*((sample.pixels(x, cfg), y.cpu()) for x, y in sample.generate(model, cfg, range(n))))
             losses.append(sum(tail) / len(tail))
-            shares.append(100 * sample.recognised(images, [order[i % len(order)] for i in range(n)])[0])
+            shares.append(100 * sample.recognised(np.concatenate(images), torch.cat(labels))[0])
             say(f"{name}, seed {seed}: loss {losses[-1]:.4f}, {shares[-1]:.1f} % recognised")
         spread = lambda values, form: f"{sum(values) / seeds:{form}} ({min(values):{form}} to {max(values):{form}})"
         rows.append(f"| {name} | {spread(losses, '.4f')} | {spread(shares, '.1f')} |")
@@ -694,10 +693,11 @@ def open_vae(cfg, dataset):
     """The VAE for sample grids of latents, or None. ValueError if one with another encoder made them."""
     if not cfg.vae:
         return None
-    vae = sample.open_vae(cfg)
-    if vae.fingerprint() != dataset.header["vae"]:
-        raise ValueError(f"--vae {cfg.vae} (its encoder: {vae.fingerprint()}) is not the one that made {cfg.data} "
-                         f"({dataset.header['vae']}); pass that one, or none and go without sample grids")
+    vae, theirs = sample.open_vae(cfg), dataset.header["vae"]
+    ours = vae.fingerprint()
+    if ours != theirs:
+        raise ValueError(f"--vae {cfg.vae} (its encoder: {ours}) is not the one that made {cfg.data} ({theirs}); pass "
+                         f"that one, or none and go without sample grids")
     return vae
 
 
