@@ -446,10 +446,11 @@ class Files(Pictures):
     Classes: what dataset.json says ({"labels": [["path", class], ...]}, as in EDM), else the first level of
     sub-folders in alphabetical order (inside the one folder that holds everything, if there is one); pictures
     that lie in no sub-folder have none.
+    Without a size, all must be squares as large as the first.
     ValueError if there are no pictures, or if the labels cannot be understood."""
 
-    def __init__(self, path, size):
-        self.path, self.size, self.archive, self.pid = Path(path), size, None, None
+    def __init__(self, path, size=None):
+        self.path, self.size, self.crops, self.archive, self.pid = Path(path), size, size is not None, None, None
         if self.path.is_dir():
             found = (Path(top, name).relative_to(self.path).as_posix()
                      for top, _, names in os.walk(self.path, followlinks=True) for name in names)
@@ -461,6 +462,17 @@ class Files(Pictures):
         if not self.names:
             raise ValueError(f"{path} holds no images ({' '.join(sorted(EXTENSIONS))}); --data takes {KINDS}")
         self.labels, self.class_names = self.find_labels("dataset.json" in found)
+        if size is None:
+            self.size = self.only_size()
+
+    def only_size(self):
+        """Of the first picture; the others are held to it."""
+        try:
+            with self.open(self.names[0]) as file:
+                size = decode(file).size
+        except Exception as error:
+            raise ValueError(f"{self.names[0]} in {self.path} cannot be read ({reason(error)})") from None
+        return square(*size, f"{self.names[0]} in {self.path}")
 
     def find_labels(self, described):
         if described:
@@ -510,14 +522,25 @@ class Files(Pictures):
 
     def read(self, i):
         with self.open(self.names[i]) as file:
-            return center_crop(decode(file), self.size)
+            image = decode(file)
+        if not self.crops and image.size != (self.size, self.size):
+            raise ValueError(f"{image.width} x {image.height} pixels, and the first one has {self.size} x {self.size}; "
+                             f"pass --size to crop and resize all")
+        return center_crop(image, self.size)
+
+
+def square(width, height, what):
+    if width != height:
+        raise ValueError(f"{what} is {width} x {height} pixels, no square; pass --size to crop and resize all")
+    return width
 
 
 class Arrays(Pictures):
-    """Pictures held in memory: images (n, H, W, 3) uint8, labels (n,) or None."""
+    """Pictures in one array: images (n, H, W, 3) uint8, labels (n,) or None. Without a size, they must be squares."""
 
-    def __init__(self, images, labels, size, class_names=()):
-        self.images, self.labels, self.size, self.class_names = images, labels, size, list(class_names)
+    def __init__(self, images, labels, size=None, class_names=()):
+        self.images, self.labels, self.class_names = images, labels, list(class_names)
+        self.size = size or square(images.shape[2], images.shape[1], "an image")
 
     def __len__(self):
         return len(self.images)
@@ -526,7 +549,7 @@ class Arrays(Pictures):
         return f"image {i}"
 
     def read(self, i):
-        image = self.images[i]
+        image = np.asarray(self.images[i])
         if image.shape[0] == image.shape[1] == self.size:
             return image
         return center_crop(Image.fromarray(image), self.size)
@@ -538,13 +561,29 @@ def read_npz(path, size):
     with np.load(path, allow_pickle=False) as file:
         if "arr_0" not in file:
             raise ValueError(f"{path} has no array arr_0 (found: {', '.join(file.files) or 'nothing'})")
-        images, labels = file["arr_0"], file["arr_1"] if "arr_1" in file else None
+        images = mapped_array(path, "arr_0.npy")
+        images, labels = file["arr_0"] if images is None else images, file["arr_1"] if "arr_1" in file else None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
         raise ValueError(f"arr_0 in {path} is {images.dtype} {images.shape}, not uint8 (n, height, width, 3)")
     if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min() < 0):
         raise ValueError(f"arr_1 in {path} is {labels.dtype} {labels.shape}, not one class number 0, 1, ... for each "
                          f"of the {len(images)} images")
     return Arrays(images, None if labels is None else labels.astype(np.int64), size)
+
+
+def mapped_array(path, name):
+    """An array of an .npz, memory-mapped; None if it is compressed (np.savez does not), or no plain array."""
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        entry = archive.getinfo(name)
+        file.seek(entry.header_offset + 26)                                # of the 30 bytes before its name and extra field,
+        lengths = np.frombuffer(file.read(4), "<u2")                       # the last four
+        file.seek(int(lengths.sum()), os.SEEK_CUR)
+        if entry.compress_type != zipfile.ZIP_STORED or np.lib.format.read_magic(file) != (1, 0):
+            return None
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        if dtype.hasobject or file.tell() + math.prod(shape) * dtype.itemsize > os.path.getsize(path):
+            return None
+        return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
 
 
 def read_cifar(path, size):
@@ -574,7 +613,7 @@ class Latents:
     for. ValueError if it was made with another scale, or for another size."""
 
     def __init__(self, path, size):
-        self.path, self.size, self.moments, self.class_names = str(path), size, None, []
+        self.path, self.moments, self.class_names = str(path), None, []
         self.layout, self.header = safetensors_layout(path)
         if self.header.get("format") != LATENTS:
             raise ValueError(f"{path} holds no latents; --data takes {KINDS}")
@@ -582,10 +621,11 @@ class Latents:
             raise ValueError(f"{path} was made for latents scaled by {self.header['scale']}, and here they are scaled "
                              f"by {VAE.scale}; make it again")
         self.channels, grid = self.layout["moments"][1][3:5]
-        if grid != size:
+        if size and grid != size:
             raise ValueError(f"{path} holds latents of {grid} x {grid} (of images of {self.header['size']} pixels), "
                              f"and this network takes {size} x {size}; choose another preset, or make them with "
                              f"another --size")
+        self.size = grid
         self.kept = np.flatnonzero(self.open("state", np.uint8) == DONE)   # without the unreadable
         labels = np.array(self.open("labels", np.int64))[self.kept]
         self.labels = None if (labels < 0).any() else labels
@@ -610,12 +650,12 @@ class Latents:
         return VAE.latent(mean, logvar, torch.from_numpy(rng.standard_normal(mean.shape, np.float32)))
 
 
-def open_dataset(path, size):
-    """What --data names -> a data set of size x size images, or latents. ValueError, in one sentence, if it is
-    missing, empty, damaged or of another kind."""
+def open_dataset(path, size=None):
+    """What --data names -> a data set of size x size images, or latents; without a size, of images that are all as
+    large as the first, and square. ValueError, in one sentence, if it is missing, empty, damaged or of another kind."""
     path, low = str(path), str(path).lower()
     if path == "shapes":
-        return Shapes(size)
+        return Shapes(size or 32)
     if not os.path.exists(path):
         raise ValueError(f"there is no data at {path!r}; --data takes {KINDS}")
     readers = {".zip": Files, ".npz": read_npz, ".tar.gz": read_cifar, ".tgz": read_cifar, ".tar": read_cifar,
@@ -892,7 +932,7 @@ def check_dest(dest, ending):
         raise ValueError(f"the folder {dest.parent} for {dest.name} does not exist; make it first")
 
 
-def open_pictures(source, size):
+def open_pictures(source, size=None):
     if str(source).endswith(".safetensors"):
         raise ValueError(f"{source} holds latents or weights, and this command takes pictures")
     return open_dataset(source, size)

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import gc
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import diffit
 import diffusion
-from configs import PRESETS, Config, Parser, config_from
+from configs import PRESETS, Config, Parser, config_from, flag_of
 
 
 # ---------------------------------------------------------------------------------------------
@@ -92,6 +94,7 @@ def leave_processes():
     """Before the end: without this, processes that are still talking complain of those that are gone."""
     if rank_and_size()[1] > 1:
         dist.destroy_process_group()
+        gc.collect()                                                       # its threads must end before the interpreter
 
 
 def rank_and_size():
@@ -283,9 +286,13 @@ def open_vae(cfg):
 # ---------------------------------------------------------------------------------------------
 # Generation
 
-def class_order(cfg, classes=None, seed=0):
-    """The classes that images 0, 1, 2, ... have in turn: those named, or all of them, shuffled."""
-    return list(classes or np.random.default_rng(seed).permutation(cfg.num_classes).tolist())
+def labels_of(indices, cfg, classes=None, seed=0):
+    """The classes of the images with these indices, (n,) int64: in turn those named, or all of them, shuffled. None for
+    networks without classes."""
+    if not cfg.num_classes:
+        return None
+    order = np.array(classes or np.random.default_rng(seed).permutation(cfg.num_classes))
+    return order[np.array(indices) % len(order)]
 
 
 @torch.no_grad()
@@ -293,9 +300,8 @@ def generate(model, cfg, indices, classes=None, seed=0, batch=64, process=None):
     """Make the images with these indices, as cfg's sampling fields say: yields x (b, C, H, W) fp32 and labels y (b,),
     or None without classes. process: another than the one that cfg describes."""
     device, shape = next(model.parameters()).device, (cfg.in_channels, cfg.input_size, cfg.input_size)
-    process, order = process or diffusion.build(cfg), class_order(cfg, classes, seed)
-    levels = process.levels(cfg.steps)
-    scale = cfg.cfg
+    process = process or diffusion.build(cfg)
+    levels, scale = process.levels(cfg.steps), cfg.cfg
     if scale != 1 and cfg.cfg_schedule == "power-cosine":
         scale = diffusion.power_cosine(scale, cfg.diffusion_steps)
     if scale != 1 and cfg.cfg_interval:
@@ -307,7 +313,8 @@ def generate(model, cfg, indices, classes=None, seed=0, batch=64, process=None):
         def noise():
             return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
-        y = torch.tensor([order[i % len(order)] for i in chunk], device=device) if cfg.num_classes else None
+        y = labels_of(chunk, cfg, classes, seed)
+        y = None if y is None else torch.from_numpy(y).to(device)
         f = diffusion.guided(model, y, scale, cfg.cfg_channels or None, cfg.cfg_exact)
         options = {"ddpm": dict(noise=noise), "ddim": dict(noise=noise, eta=cfg.eta),
                    "heun": dict(noise=noise, churn=cfg.churn, interval=cfg.churn_interval, churn_noise=cfg.churn_noise)
@@ -330,6 +337,15 @@ def grid_columns(cfg, classes=None):
     """A column for each class where they are few; else None, a square."""
     count = len(classes) if classes else cfg.num_classes
     return count if 1 < count <= 16 else None
+
+
+def recipe(cfg, seed, classes=None):
+    """How images are sampled, in words; of what else SAMPLING has, that which is not as Config has it by itself."""
+    others = [name for name in SAMPLING if name not in ("sampler", "steps", "cfg", "vae", "precision")
+              and getattr(cfg, name) != getattr(Config, name)]
+    return ", ".join([cfg.sampler, f"{cfg.steps} steps", f"guidance {cfg.cfg:g}",
+                      *(f"{name.replace('_', '-')} {getattr(cfg, name)}" for name in others),
+                      *([f"classes {','.join(map(str, classes))}"] if classes else []), f"seed {seed}"])
 
 
 def save_samples(model, cfg, path, vae=None):
@@ -399,7 +415,7 @@ def missing(folder, n, batch):
 
 
 def make_parts(model, cfg, vae, folder, n, classes=None, seed=0, batch=64):
-    """Images 0 to n - 1 into the folder, divided over the processes. These leave when done; rank 0 stays to the end."""
+    """Images 0 to n - 1 into the folder, divided over the processes. All of them return when all images are there."""
     def left():
         return sum(end - first for first, end in missing(folder, n, n))
 
@@ -412,11 +428,18 @@ def make_parts(model, cfg, vae, folder, n, classes=None, seed=0, batch=64):
         if rank == 0:
             made = began - left()
             data.live_line(f"{n - began + made} of {n} images, {made / (time.time() - start):.2f} images/s")
-    leave_processes()                                                      # the rest is for rank 0
-    while rank == 0 and left():                                            # however long the others take
+    while left():                                                          # however long the others take
         time.sleep(0.5)
+    objects_from_all(None)
     if rank == 0:
         data.live_line("\n")
+
+
+def share_of(folder, n):
+    """This process's share of the first n images of the folder, as `statistics` takes it."""
+    rank, size = rank_and_size()
+    for first, images in [part for part in stored(folder) if part[0] < n][rank::size]:
+        yield range(first, min(n, first + len(images))), np.array(images[:n - first])
 
 
 def images_of(folder, n):
@@ -440,7 +463,354 @@ def save_npz(folder, n, labels, path):
 
 
 # ---------------------------------------------------------------------------------------------
+# The network that scores look through
+
+INCEPTION = "pt_inception-2015-12-05-6726825d.pth"                         # its SHA-256 begins as its name ends
+INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}"
+RESIZE = "bilinear to 299 x 299 (half-pixel centres, no antialiasing)"
+
+
+class Inception(nn.Module):
+    """Inception-v3 as the first FID had it (Szegedy et al. 2016, Heusel et al. 2017), with the names of its published
+    weights: average pools that leave out the padding, a max pool in the last block, 1008 classes.
+    pixels (B, 3, H, W) from 0 to 255 -> pooled features (B, 2048) for FID, IS, precision and recall, and the spatial
+    ones (B, 2023) of sFID: 7 channels of 17 x 17 places, ordered as ADM's (place, channel)."""
+    pooled, spatial = 2048, 7 * 17 * 17
+
+    def __init__(self):
+        super().__init__()
+        average, largest, halve = nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.MaxPool2d(3, 1, 1), nn.MaxPool2d(3, 2)
+        row, column = (1, 7), (7, 1)
+
+        def mixed_5(before, width):
+            return Mixed(before, average, branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
+                         branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(width, 1)])
+
+        def mixed_6(width):
+            return Mixed(768, average, branch1x1=[(192, 1)], branch7x7=[(width, 1), (width, row), (192, column)],
+                         branch7x7dbl=[(width, 1), (width, column), (width, row), (width, column), (192, row)],
+                         branch_pool=[(192, 1)])
+
+        def mixed_7(before, pool):
+            return Mixed(before, pool, branch1x1=[(320, 1)], branch3x3=[(384, 1), (384, (1, 3), (3, 1))],
+                         branch3x3dbl=[(448, 1), (384, 3), (384, (1, 3), (3, 1))], branch_pool=[(192, 1)])
+
+        self.halve = halve
+        self.Conv2d_1a_3x3 = ConvNorm(3, 32, 3, stride=2)                  # 299 -> 149
+        self.Conv2d_2a_3x3 = ConvNorm(32, 32, 3)
+        self.Conv2d_2b_3x3 = ConvNorm(32, 64, 3, padding=1)                # 147, halved to 73
+        self.Conv2d_3b_1x1 = ConvNorm(64, 80, 1)
+        self.Conv2d_4a_3x3 = ConvNorm(80, 192, 3)                          # 71, halved to 35
+        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = mixed_5(192, 32), mixed_5(256, 64), mixed_5(288, 64)
+        self.Mixed_6a = Mixed(288, halve, branch3x3=[(384, 3)], branch3x3dbl=[(64, 1), (96, 3), (96, 3)])  # 17
+        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = map(mixed_6, (128, 160, 160, 192))
+        self.Mixed_7a = Mixed(768, halve, branch3x3=[(192, 1), (320, 3)],  # 8
+                              branch7x7x3=[(192, 1), (192, row), (192, column), (192, 3)])
+        self.Mixed_7b, self.Mixed_7c = mixed_7(1280, average), mixed_7(2048, largest)
+        self.fc = nn.Linear(2048, 1008)
+
+    def forward(self, x):
+        x = F.interpolate(x.float() / 127.5 - 1, (299, 299), mode="bilinear", align_corners=False)
+        x = self.halve(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))))
+        x = self.halve(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))
+        x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))
+        spatial = self.Mixed_6d.branch1x1(x)[:, :7].permute(0, 2, 3, 1).flatten(1)
+        x = self.Mixed_6e(self.Mixed_6d(x))
+        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))
+        return x.float().mean((2, 3)), spatial.float()
+
+    def logits(self, features):
+        """Class scores of pooled features, as the inception score takes them: its evaluators leave out the bias."""
+        return features @ self.fc.weight.T
+
+
+class Mixed(nn.Module):
+    """Branches side by side, joined along the channels. Each is a chain of convolutions (width, kernel), the last of
+    which may be two, (width, kernel, kernel); branch_pool begins with the pool. Where that halves the resolution, so do
+    the last convolutions, and what is pooled joins as it is."""
+
+    def __init__(self, before, pool, **branches):
+        super().__init__()
+        self.pool, self.halves, self.branches = pool, pool.stride == 2, {}
+        for branch, chain in branches.items():
+            width, names = before, []
+            for k, (out, *kernels) in enumerate(chain, 1):
+                halves, number = self.halves and k == len(chain), f"_{k}" if len(chain) > 1 else ""
+                for letter, kernel in zip("ab" if len(kernels) == 2 else [""], kernels):
+                    h, w = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+                    names.append(f"{branch}{number}{letter}")
+                    self.add_module(names[-1], ConvNorm(width, out, (h, w), 2 if halves else 1,
+                                                        0 if halves else (h // 2, w // 2)))
+                width = out
+            self.branches[branch] = names[:-len(kernels)], names[-len(kernels):]
+
+    def forward(self, x):
+        joined = []
+        for branch, (chain, ends) in self.branches.items():
+            h = self.pool(x) if branch == "branch_pool" else x
+            for name in chain:
+                h = getattr(self, name)(h)
+            joined += [getattr(self, name)(h) for name in ends]
+        return torch.cat(joined + [self.pool(x)] if self.halves else joined, dim=1)
+
+
+class ConvNorm(nn.Module):
+    """ReLU(BatchNorm(Conv(x)))"""
+
+    def __init__(self, before, width, kernel, stride=1, padding=0):
+        super().__init__()
+        self.conv = nn.Conv2d(before, width, kernel, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(width, eps=1e-3)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+
+def load_inception(path="", device="cpu"):
+    """The file named, or INCEPTION in this folder or where torch.hub keeps it -> Inception in eval mode, and the hash of
+    its file. ValueError, with the place where it is published, if there is none."""
+    places = [path] if path else [INCEPTION, os.path.join(torch.hub.get_dir(), "checkpoints", INCEPTION)]
+    path = next(filter(os.path.isfile, places), None)
+    if path is None:
+        raise ValueError(f"there is no file {' and no '.join(places)}; FID, sFID, IS, precision and recall need the "
+                         f"Inception weights published as {INCEPTION_URL} (95 MB; their SHA-256 begins with 6726825d): "
+                         f"fetch them, and pass --inception FILE unless they lie here")
+    net, digest = Inception(), data.file_hash(path)
+    counters = {name: value for name, value in net.state_dict().items() if name.endswith("num_batches_tracked")}
+    state, _ = data.weights_in(data.read_file(path), path)
+    data.load_weights(net, {**counters, **state}, path)                    # the published file has no counters
+    return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), digest
+
+
+# ---------------------------------------------------------------------------------------------
 # Scores
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), the squared 2-Wasserstein distance of two Gaussians (Heusel et al.
+    2017, eq. 6), in float64. mu (d,), sigma (d, d), arrays or tensors.
+
+    With roots S = R R^T from symmetric eigenvalues, the last trace is the sum of the singular values of R1^T R2. (Their
+    squares are the eigenvalues of S1 S2; taken from these, a root would lose half of its digits.)"""
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(v, dtype=torch.float64) for v in (mu1, sigma1, mu2, sigma2))
+
+    def root(s):
+        values, vectors = torch.linalg.eigh(s)
+        return vectors * values.clamp(min=0).sqrt()
+
+    trace = sigma1.trace() + sigma2.trace() - 2 * torch.linalg.svdvals(root(sigma1).T @ root(sigma2)).sum()
+    return max(0.0, ((mu1 - mu2).square().sum() + trace).item())
+
+
+def inception_score(logits, split=5000):
+    """exp(E KL(p(y|x) || p(y))) (Salimans et al. 2016), the mean over splits of so many images, in turn. logits (n,
+    classes)."""
+    found = []
+    for part in torch.as_tensor(logits, dtype=torch.float64).split(split):
+        p = part.softmax(1)
+        found.append((p * (part.log_softmax(1) - p.mean(0).log())).sum(1).mean().exp().item())
+    return sum(found) / len(found)
+
+
+def precision_recall(real, fake, k=3):
+    """Improved precision and recall (Kynkäänniemi et al. 2019): the share of fake features inside any of the balls
+    around real ones that reach to the k-th nearest real neighbour, and the share of real ones inside those around
+    fake. real (n, d), fake (m, d), on the device that is to do it; in fp32, a block of distances at a time."""
+    centre = real.mean(0)                                                  # short vectors leave distances more digits
+    real, fake = (real - centre).float(), (fake - centre).float()
+    real_radii, fake_radii = (
+        torch.cat([d.topk(k + 1, largest=False).values[:, -1] for d in squared_distances(x, x)]) for x in (real, fake))
+    inside_real, inside_fake = torch.zeros(len(fake), dtype=torch.bool, device=fake.device), []
+    for radii, d in zip(real_radii.split(ROWS), squared_distances(real, fake)):
+        inside_real |= (d <= radii[:, None]).any(0)
+        inside_fake.append((d <= fake_radii).any(1))
+    return inside_real.double().mean().item(), torch.cat(inside_fake).double().mean().item()
+
+
+ROWS = 512                            # of distances at a time: 100 MB for 50,000 columns
+
+
+def squared_distances(a, b):
+    """(n, d), (m, d) -> blocks (ROWS, m). What fp32 cannot tell from 0, as between copies, is 0."""
+    norms = b.square().sum(1)
+    for rows in a.split(ROWS):
+        sums = rows.square().sum(1, keepdim=True) + norms
+        d = torch.addmm(sums, rows, b.T, alpha=-2)
+        yield d.masked_fill_(d < 1e-5 * sums, 0)
+
+
+class Moments:
+    """Mean and covariance of vectors (b, d) that come a batch at a time, by their number, sum and sum of products, in
+    float64."""
+
+    def __init__(self, d, device):
+        self.n, self.sum, self.products = (torch.zeros(s, dtype=torch.float64, device=device) for s in ((), d, (d, d)))
+
+    def add(self, x):
+        x = x.double()
+        self.n += len(x)
+        self.sum += x.sum(0)
+        self.products.addmm_(x.T, x)
+
+    def over_all_processes(self):
+        """-> mean (d,), covariance (d, d), number."""
+        if rank_and_size()[1] > 1:
+            for part in (self.n, self.sum, self.products):
+                dist.all_reduce(part)
+        mean = self.sum / self.n
+        return mean.cpu(), ((self.products - self.n * mean[:, None] * mean) / (self.n - 1)).cpu(), int(self.n)
+
+
+KEPT = 50_000                         # features kept for precision, recall and IS at the most, evenly over the images
+
+
+def statistics(inception, batches, n, arithmetic="fp32"):
+    """What scores go by. batches: this process's share of n images, [(indices, images (b, H, W, 3) uint8)] -> of the
+    images of all processes together {"mu", "sigma", "mu_s", "sigma_s": mean and covariance of pooled and of spatial
+    features, float64; "images": how many; "features" (KEPT at most, 2048), fp32, in order; on rank 0 alone}."""
+    device, (rank, size), count, start = inception.fc.weight.device, rank_and_size(), max(n, KEPT), time.time()
+    pooled, spatial = Moments(inception.pooled, device), Moments(inception.spatial, device)
+    kept, features = [], []
+    for indices, images in batches:
+        with torch.no_grad(), autocast(arithmetic, device):
+            found = inception(torch.from_numpy(images).to(device).permute(0, 3, 1, 2))
+        pooled.add(found[0])
+        spatial.add(found[1])
+        here = [k for k, i in enumerate(indices) if (i + 1) * KEPT // count > i * KEPT // count]
+        kept += [indices[k] for k in here]
+        features.append(found[0][here].cpu())
+        if rank == 0:
+            done = min(n, int(pooled.n) * size)
+            data.live_line(f"{done} of {n} images seen by Inception, {done / (time.time() - start):.1f} images/s")
+    (mu, sigma, images), (mu_s, sigma_s, _) = pooled.over_all_processes(), spatial.over_all_processes()
+    found = {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s, "images": images}
+    if size > 1:
+        parts = [None] * size if rank == 0 else None
+        dist.gather_object((kept, features), parts)
+        kept, features = map(lambda lists: sum(lists, []), zip(*parts)) if rank == 0 else ([], [])
+    if rank == 0:
+        data.live_line("\n")
+        found["features"] = torch.cat(features)[np.argsort(kept)]
+    return found
+
+
+REFERENCE = "diffit reference 1"
+
+
+def write_reference(path, found, header):
+    """What `statistics` found and what it was made from, with the names that ADM's evaluator reads."""
+    with data.written_whole(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, header=json.dumps({"format": REFERENCE, **header}), **found)
+
+
+def read_reference(path):
+    """Ours, ADM's, or any other .npz with mu and sigma -> what `statistics` gives, without what the file lacks, and the
+    header ({} where there is none). ValueError if it is missing, damaged or something else."""
+    if not os.path.isfile(path):
+        raise ValueError(f"there is no file {path}; make a reference with: python sample.py --reference DATA --out REF.npz")
+    d, s = Inception.pooled, Inception.spatial
+    shapes = {"mu": (d,), "sigma": (d, d), "mu_s": (s,), "sigma_s": (s, s), "features": (-1, d)}
+    try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("an .npz is a zip archive, and this is none")
+        with np.load(path, allow_pickle=False) as file:
+            if not {"mu", "sigma"} <= set(file.files):
+                raise ValueError(f"it has no mu and sigma; found: {', '.join(file.files)}"
+                                 + (f"; make a reference of its images with --reference {path}" * ("arr_0" in file)))
+            found = {name: torch.from_numpy(file[name].reshape(shape)) for name, shape in shapes.items() if name in file}
+            header = json.loads(str(file["header"])) if "header" in file else {}
+            found["images"] = header.get("images")
+    except (ValueError, TypeError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no reference for --score, or is damaged ({data.reason(error)})") from None
+    return found, header
+
+
+class Scorer:
+    """FID, sFID, IS, precision and recall against a reference. All processes take part; rank 0 has its numbers.
+    inception: as for load_inception. batch, workers: for the images of a reference that has no features (ADM's).
+    ValueError if the reference or the weights are missing or do not belong together."""
+
+    def __init__(self, reference, inception="", batch=64, workers=2):
+        self.inception, self.weights = load_inception(inception, default_device())
+
+        def read():
+            self.real, header = read_reference(reference)
+            with zipfile.ZipFile(reference) as file:
+                look = "features" not in self.real and "arr_0.npy" in file.namelist()
+            return header, data.file_hash(reference), look
+
+        self.path, (self.header, self.digest, look) = reference, on_rank_0(read)
+        self.arithmetic = self.header.get("arithmetic", "fp32")            # both sides in the same
+        if self.header.get("inception", self.weights) != self.weights:
+            raise ValueError(f"{reference} was made with other Inception weights ({self.header['inception']}) than those "
+                             f"given ({self.weights}); make it again, or pass its own as --inception")
+        if look:
+            images = data.open_pictures(reference)
+            found = statistics(self.inception, read_share(images, batch, workers), len(images), self.arithmetic)
+            if rank_and_size()[0] == 0:
+                self.real["features"] = found["features"]
+
+    def check_size(self, size):
+        theirs = self.header.get("size", size)
+        if theirs != size:
+            raise ValueError(f"the images are of {size} x {size} pixels, and {self.path} was made from {theirs} x "
+                             f"{theirs}; scores across sizes say little: make a reference with --size {size}")
+
+    def __call__(self, batches, n):
+        """batches: this process's share of n images, as for `statistics` -> {"images": how many, "fid", "is", and as far
+        as the reference goes "sfid", "precision", "recall"}, in all processes."""
+        fake = statistics(self.inception, batches, n, self.arithmetic)
+        return on_rank_0(lambda: self.compare(fake))
+
+    def compare(self, fake):
+        real, device, found = self.real, default_device(), {"images": fake["images"]}
+        found["fid"] = frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])
+        if "mu_s" in real:
+            found["sfid"] = frechet_distance(real["mu_s"], real["sigma_s"], fake["mu_s"], fake["sigma_s"])
+        with autocast("fp32", device):
+            features = fake["features"].to(device)
+            found["is"] = inception_score(self.inception.logits(features).cpu())
+            if "features" in real:
+                found["precision"], found["recall"] = precision_recall(real["features"].to(device), features)
+        return found
+
+    def provenance(self):
+        """What the numbers depend on beside the images."""
+        made = self.header and f"{self.header['images']} images of {self.header['source']}, {self.header['size']} x " \
+                               f"{self.header['size']}"
+        published = self.weights.startswith(INCEPTION[-12:-4])
+        return (f"against {self.path} ({self.digest}; {made or 'made elsewhere, from what it does not say'}); Inception "
+                f"{self.weights} in {self.arithmetic}, {RESIZE}"
+                + ("" if published else "; THESE ARE NOT THE PUBLISHED INCEPTION WEIGHTS: the scores are not meaningful, "
+                                        "and compare with nothing but others of the same file"))
+
+
+def in_words(found):
+    """The scores in one line."""
+    forms = {"fid": "FID {:.4f}", "sfid": "sFID {:.4f}", "is": "IS {:.3f}", "precision": "precision {:.4f}",
+             "recall": "recall {:.4f}"}
+    return ", ".join(form.format(found[name]) for name, form in forms.items() if name in found)
+
+
+def check_number(n, force):
+    """ValueError below 2048 images, the rank of a full covariance, unless forced; a warning below the usual 50,000."""
+    if n < 2048 and not (force and n > 1):
+        raise ValueError(f"{n} images are too few for a score: FID needs 2048 or more, and papers use 50000; --force "
+                         f"scores them all the same, from 2")
+    if n < 50_000 and rank_and_size()[0] == 0:
+        print(f"a FID of {n} images is higher than one of 50000, which papers use; compare it with none but those of as "
+              f"many", file=sys.stderr)
+
+
+def read_share(dataset, batch, workers):
+    """This process's share of the pictures of a data set, as `statistics` takes it."""
+    rank, size = rank_and_size()
+    unreadable = data.Unreadable(dataset)
+    for indices, images, bad in data.Reader.batches(dataset, range(rank, len(dataset), size), batch, workers):
+        unreadable.add([why for _, *why in bad])
+        if images:
+            yield indices, np.stack(images)
+
 
 def recognised(images, labels):
     """How many of these shapes a classifier names right. images (n, H, W, 3) uint8, labels (n,) -> the share of them,
@@ -513,10 +883,13 @@ def check_outputs(args):
     """Before the work: every place that is to be written can be, and holds nothing yet, unless this is the same run
     going on. Fills in args.out."""
     going_on = parts_of(args) and (parts_of(args) / "settings.json").exists()
+    if args.reference and not args.out:
+        raise ValueError("--reference DATA also takes --out REF.npz, the file to write")
     if not (args.out or args.dir or args.npz or args.gif or args.score):
         names = (f"samples{k}.png" for k in [""] + [f"-{k}" for k in range(2, 10_000)])
         args.out = next(name for name in names if not os.path.exists(name))
-    for flag, path, endings in [("--out", args.out, (".png", ".jpg", ".webp")), ("--npz", args.npz, (".npz",)),
+    pictures = (".npz",) if args.reference else (".png", ".jpg", ".webp")
+    for flag, path, endings in [("--out", args.out, pictures), ("--npz", args.npz, (".npz",)),
                                 ("--gif", args.gif, (".gif",)), ("--dir", args.dir, ("",))]:
         if path and not path.lower().endswith(endings):
             raise ValueError(f"{flag} {path} must end in {' or '.join(endings)}")
@@ -525,6 +898,35 @@ def check_outputs(args):
             raise ValueError(f"{flag} {path} exists; remove it or choose another name")
         if path and not Path(path).parent.is_dir():
             raise ValueError(f"{flag} {path}: the folder {Path(path).parent} does not exist; make it first")
+
+
+def make_reference(args):
+    """--reference DATA --out REF.npz"""
+    check_outputs(args)
+    inception, weights = load_inception(args.inception, default_device())
+    dataset, arithmetic = data.open_pictures(args.reference, args.size), "bf16" if args.bf16 else "fp32"
+    start = time.time()
+    found = statistics(inception, read_share(dataset, args.batch, args.workers), len(dataset), arithmetic)
+    if rank_and_size()[0] == 0:
+        write_reference(args.out, found, {"source": args.reference, "images": found["images"], "size": dataset.size,
+                                          "inception": weights, "arithmetic": arithmetic, "resize": RESIZE})
+        print(f"wrote {args.out}: of {found['images']} images of {dataset.size} x {dataset.size}, the features of "
+              f"{len(found['features'])}; Inception {weights} in {arithmetic}, "
+              f"{found['images'] / (time.time() - start):.1f} images/s")
+
+
+def score_images(args):
+    """--images PATH --score REF"""
+    if args.score in (None, "shapes"):
+        raise ValueError("--images PATH also takes --score REF.npz, a reference")
+    dataset = data.open_pictures(args.images, args.size)
+    check_number(len(dataset), args.force)
+    scorer = Scorer(args.score, args.inception, args.batch, args.workers)
+    scorer.check_size(dataset.size)
+    found = scorer(read_share(dataset, args.batch, args.workers), len(dataset))
+    if rank_and_size()[0] == 0:
+        print(f"{in_words(found)}\n  {found['images']} images of {args.images}, {dataset.size} x {dataset.size}; "
+              f"{scorer.provenance()}")
 
 
 def parts_of(args):
@@ -554,9 +956,15 @@ def parts_folder(args, settings):
             shutil.rmtree(folder)
 
 
+# The flags of the two commands that make no images; those that only they take.
+READING = {"reference": ["reference", "out", "inception", "size", "batch", "workers", "bf16"],
+           "images": ["images", "score", "inception", "size", "batch", "workers", "force"]}
+ONLY_READING = {"size", "workers", "bf16"}
+
+
 def main():
     parser = Parser(prog="sample.py", description="Make images from a checkpoint of train.py, or from published "
-                                                  "weights, and score them.")
+                                                  "weights, and score them; or score others.")
     parser.add_argument("--ckpt", metavar="FILE", help="a checkpoint of train.py, or published weights")
     parser.add_argument("--preset", default="", help="the network, for published weights and for --bench alone")
     parser.add_argument("--bench", type=int, nargs="?", const=3, metavar="N",
@@ -570,9 +978,21 @@ def main():
     parser.add_argument("--dir", metavar="DIR", help="a folder for one PNG each")
     parser.add_argument("--npz", metavar="FILE", help="as ADM's evaluator reads it: arr_0 uint8 NHWC, arr_1 labels")
     parser.add_argument("--gif", metavar="FILE", help=f"a film of the first {FILM} on their way from noise")
-    parser.add_argument("--score", choices=["shapes"], help="let a classifier, trained on the spot, name them")
+    parser.add_argument("--score", metavar="REF|shapes", help="FID, sFID, IS, precision and recall against a reference; "
+                        "shapes: let a classifier, trained on the spot, name them")
+    parser.add_argument("--force", action="store_true", help="score fewer than 2048 images, too")
+    parser.add_argument("--inception", metavar="FILE", default="",
+                        help=f"the weights that scores look through (default: {INCEPTION}, here or in torch's cache)")
+    parser.add_argument("--images", metavar="PATH", help=f"score these, and make none: {data.KINDS}")
+    parser.add_argument("--reference", metavar="DATA", help="make a reference for --score of these, in --out REF.npz")
+    parser.add_argument("--size", type=int, help="crop and resize --images or --reference as training would "
+                                                 "(default: they all have one size)")
+    parser.add_argument("--bf16", action="store_true", help="a reference, and all scores against it, in bf16: about "
+                                                            "three times as fast, and not comparable with others")
+    parser.add_argument("--workers", type=int, default=2, help="processes that read --images or --reference")
     parser.add_config(SAMPLING)
     args = parser.parse_args()
+    args.given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # as Ctrl-C: leave nothing behind
     run_command(parser, lambda: run(args), f"pass a --batch below {args.batch}",
                 "with --npz or --dir, the same command goes on")
@@ -602,57 +1022,75 @@ def bench(args, given):
 
 def run(args):
     given = {name: value for name, value in vars(args).items() if name in SAMPLING}
-    for flag in ("n", "batch", "bench"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise ValueError(f"--{flag} {getattr(args, flag)}: give a number from 1")
-    if args.seed < 0:
-        raise ValueError(f"--seed {args.seed}: give a number from 0")
+    for flag, least in [("n", 1), ("batch", 1), ("bench", 1), ("size", 1), ("seed", 0), ("workers", 0)]:
+        if getattr(args, flag) is not None and getattr(args, flag) < least:
+            raise ValueError(f"--{flag} {getattr(args, flag)}: give a number from {least}")
+    reading = next((name for name in READING if getattr(args, name)), None)
+    alien = args.given - set(READING[reading]) if reading else args.given & ONLY_READING
+    if alien:
+        raise ValueError(f"{' and '.join(map(flag_of, sorted(alien)))} {'has' if len(alien) == 1 else 'have'} no meaning "
+                         + (f"with --{reading}; leave out" if reading else "without --images or --reference; leave out"))
+    if reading:
+        return make_reference(args) if args.reference else score_images(args)
     if args.bench is not None:
         return bench(args, given)
     if not args.ckpt:
         raise ValueError("pass --ckpt FILE: a checkpoint (train.py writes last.pt into its folder), or published "
                          "weights")
     check_outputs(args)
+    against = args.score if args.score != "shapes" else None
+    if against:
+        check_number(args.n, args.force)
     model, cfg = load_model(args.ckpt, args.preset, args.raw)
     cfg = dataclasses.replace(cfg, **given)
     vae = open_vae(cfg)
-    if args.score and cfg.num_classes != 10:
+    if args.score == "shapes" and cfg.num_classes != 10:
         raise ValueError(f"--score shapes needs a network with the ten classes of shapes; {args.ckpt} has "
                          f"{cfg.num_classes}")
     classes = parse_classes(args.classes, cfg) if args.classes else None
     first = rank_and_size()[0] == 0
 
+    @functools.cache
     def settings():
         return {**dataclasses.asdict(cfg), "weights": data.file_hash(args.ckpt), "raw": args.raw, "seed": args.seed,
                 "classes": classes, "vae_weights": data.file_hash(cfg.vae) if vae else ""}
 
     if args.out or args.dir or args.npz or args.score:
+        scorer = Scorer(against, args.inception, args.batch) if against else None
+        if scorer:
+            scorer.check_size(cfg.input_size * (vae.factor if vae else 1))
         with parts_folder(args, settings) as folder:
             make_parts(model, cfg, vae, folder, args.n, classes, args.seed, args.batch)
+            found = scorer(share_of(folder, args.n), args.n) if scorer else None
+            leave_processes()                                              # however long rank 0 takes to write
             if first:
-                write(args, cfg, folder, classes, model.provenance)
+                write(args, cfg, folder, classes)
+            if first and args.score:
+                if scorer:
+                    result, against = in_words(found), scorer.provenance()
+                else:
+                    share, real = recognised(np.concatenate(list(images_of(folder, args.n))),
+                                             labels_of(range(args.n), cfg, classes, args.seed))
+                    result = f"{100 * share:.1f} % named right"
+                    against = f"by a classifier that names {100 * real:.1f} % of real shapes right"
+                made = (f"{model.provenance} ({settings()['weights']})" + (f" and {cfg.vae}" if vae else "")
+                        + (f" ({settings()['vae_weights']})" if vae else "") + f", {recipe(cfg, args.seed, classes)}")
+                print(f"{result}\n  {args.n} images by the {made}; {against}")
     if args.gif and first:
         save_film(model, cfg, args.gif, min(args.n, FILM), vae, classes, args.seed)
         print(f"wrote {args.gif}")
 
 
-def write(args, cfg, folder, classes, provenance):
-    """Make of the parts what was asked for."""
-    order = class_order(cfg, classes, args.seed)
-    labels = np.array([order[i % len(order)] for i in range(args.n)]) if order else None
+def write(args, cfg, folder, classes):
+    """Make of the parts the files that were asked for."""
     if args.dir:
         Path(args.dir).mkdir(exist_ok=True)
         for i, image in enumerate(image for images in images_of(folder, args.n) for image in images):
             data.save_image(Image.fromarray(image), f"{args.dir}/{i:06d}.png")
     if args.out:
         data.save_grid(np.concatenate(list(images_of(folder, min(args.n, GRID)))), args.out, grid_columns(cfg, classes))
-    if args.score:
-        share, real = recognised(np.concatenate(list(images_of(folder, args.n))), labels)
-        print(f"{100 * share:.1f} % of {args.n} samples named right by a classifier that names {100 * real:.1f} % of "
-              f"real shapes right; {provenance}, {cfg.sampler}, "
-              f"{cfg.steps} steps, guidance {cfg.cfg:g}, seed {args.seed}")
     if args.npz:
-        save_npz(folder, args.n, labels, args.npz)
+        save_npz(folder, args.n, labels_of(range(args.n), cfg, classes, args.seed), args.npz)
     for path in filter(None, (args.out, args.dir, args.npz)):
         print(f"wrote {path}")
 

@@ -6,7 +6,6 @@ implementation, or a run that must equal another one. Pictures and files are wri
 import argparse
 import contextlib
 import dataclasses
-import gc
 import io
 import json
 import math
@@ -132,6 +131,16 @@ GOLDEN = {
                 [-0.2320257, -0.2696292, 0.3648241, 0.027192, -0.9780666, -0.4811084, -0.5883282, 0.2498597]),
         decoded=([0, 200, 467, 667, 868, 1068, 1335, 1535],
                  [0.1874565, -1.4459398, 0.3649606, 1.138008, 0.4882536, -0.3071512, -0.6618357, 0.1876512])),
+    "inception": dict(
+        mixed_6a=([57900, 77201, 96501, 250902, 270202, 289502, 308802, 347402, 405303],
+                  [0.364845, 0.829509, 2.18624, 1.333602, 0.694214, 2.357517, 3.229345, 3.290714, 3.00666]),
+        mixed_6e=([0, 19300, 115801, 193001, 231602, 308802, 347402, 386003, 443903],
+                  [3.946644, 1.772492, 0.589228, 4.339272, 2.286987, 7.667885, 15.0671, 4.617605, 1.911255]),
+        pool=([0, 356, 712, 1246, 1424, 2137, 3561, 3739, 3917],
+              [1.423329, 2.754237, 0.047372, 20.780302, 10.607479, 27.968872, 22.199087, 5.353054, 5.464947]),
+        logits=([0, 175, 438, 701, 876, 1227, 1402, 1752, 2015],
+                [26.054432, -18.220243, -1.470284, 12.334354, -16.44149, 2.942307, 12.527119, -22.804363, -0.694302])),
+    "scores": dict(frechet_distance=1.3586417134459232, precision=0.7125, recall=0.96875, inception_score=2.4097000334595173),
     "resampler": {
         9: [0.0833333333333, 0.0833333333333, 0.0833333333333],
         10: [0.0828029310459, 0.0872663931284, 0.0665916639696, 0.0811833568096, 0.0919266938167,
@@ -216,13 +225,13 @@ def tiny_run(out, *flags, kimg=0.08):
     return torch.load(Path(out) / "last.pt", weights_only=True)
 
 
-def train_here(cfg, out):
+def train_here(cfg, out, scorer=None):
     """train.train on shapes, in this process, on the CPU; signals are given back afterwards."""
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     out.mkdir(exist_ok=True)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            train.train(cfg, data.Shapes(32), out, device=torch.device("cpu"))
+            train.train(cfg, data.Shapes(32), out, device=torch.device("cpu"), scorer=scorer)
     finally:
         for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
             signal.signal(number, handler)
@@ -234,10 +243,10 @@ def start(*flags, prepare="pass", workers=0, **environment):
     return launch("train", *TINY[:-1], workers, *flags, prepare=prepare, **environment)
 
 
-def launch(script, *flags, prepare="pass", **environment):
+def launch(script, *flags, prepare="pass", stdout=subprocess.DEVNULL, **environment):
     code = f"import sys; sys.argv = {[script + '.py', *map(str, flags)]}; {prepare}; import {script}; {script}.main()"
     return subprocess.Popen([sys.executable, "-c", code], text=True, cwd=Path(__file__).parent, start_new_session=True,
-                            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, stdout=stdout,
                             env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
 
@@ -255,7 +264,6 @@ def one_of_two(rank, act, port, args):
     torch.set_num_threads(1)
     sample.join_processes()
     act(*args)
-    gc.collect()                                                           # what still holds the group, before it ends
     torch.distributed.barrier()
     sample.leave_processes()
 
@@ -2244,9 +2252,10 @@ def test_image_i_follows_from_seed_and_i():
 
 def test_classes():
     cfg = configs.PRESETS["shapes"]
-    assert sample.class_order(cfg, [2, 7]) == [2, 7]
-    assert (sorted(sample.class_order(cfg)) == list(range(10)) == sample.parse_classes("all", cfg)
-            and sample.class_order(cfg) != list(range(10)))
+    assert sample.labels_of(range(5), cfg, [2, 7]).tolist() == [2, 7, 2, 7, 2]
+    shuffled = sample.labels_of(range(10), cfg).tolist()
+    assert sorted(shuffled) == list(range(10)) == sample.parse_classes("all", cfg) and shuffled != list(range(10))
+    assert sample.labels_of([13, 3], cfg).tolist() == 2 * [shuffled[3]]
     assert sample.parse_classes("207,360", dataclasses.replace(cfg, num_classes=1000)) == [207, 360]
 
 
@@ -2385,6 +2394,392 @@ def test_a_classifier_recognises_real_shapes_and_no_others():
     images = np.stack([shapes.read(i) for i in range(200)])
     right, real = sample.recognised(images, shapes.labels)
     assert right > 0.97 and real > 0.98, (right, real)
+
+
+# ---------------------------------------------------------------------------------------------
+# sample.py: scores
+
+def inception_file(path, net=None):
+    """Inception as its reference was filled, in the published format, which has no counters of batches."""
+    def value(name, shape):
+        if name.endswith("running_var"):
+            return 1 + weight(name, shape)
+        return weight(name, shape) * (1.6 if len(shape) == 4 else 1)
+    state = (net or sample.Inception()).state_dict()
+    torch.save({name: value(name, v.shape) for name, v in state.items() if "tracked" not in name}, path,
+               _use_new_zipfile_serialization=False)
+    return path
+
+
+class SmallInception(nn.Module):
+    """Quick features in Inception's place, where a test is of what happens to them."""
+    pooled, spatial, logits = 16, 6, sample.Inception.logits
+
+    def __init__(self):
+        super().__init__()
+        self.look, self.fc = nn.Conv2d(3, 16, 8, stride=4), nn.Linear(16, 5)
+
+    def forward(self, x):
+        h = self.look(x.float() / 127.5 - 1).tanh()
+        return h.mean((2, 3)), h[:, :6, 2, 2]
+
+
+USE_SMALL_INCEPTION = "import sample, test_all; sample.Inception = test_all.SmallInception"
+
+
+@contextlib.contextmanager
+def small_inception():
+    """A folder with weights of SmallInception, which takes Inception's place meanwhile."""
+    real, sample.Inception = sample.Inception, SmallInception
+    try:
+        with folder() as root:
+            inception_file(root / "inception.pth")
+            yield root
+    finally:
+        sample.Inception = real
+
+
+def scores_said(said):
+    """'FID 1.5, sFID 2, ...' -> {"fid": 1.5, ...}, and the line of provenance below."""
+    lines = said.split("\n")
+    at = next(k for k, line in enumerate(lines) if line.startswith("FID "))
+    return {word.lower(): float(value) for word, value in (part.split() for part in lines[at].split(", "))}, lines[at + 1]
+
+
+def save_images(path, n, size=32, seed=0, first=0):
+    """n shapes as ADM's evaluator reads them."""
+    shapes = data.Shapes(size, first + n, seed)
+    np.savez(path, arr_0=np.stack([shapes.read(i) for i in range(first, first + n)]))
+    return path
+
+
+def test_golden_inception():
+    with folder() as root:
+        net, digest = sample.load_inception(inception_file(root / "x.pth"))
+        assert digest == data.file_hash(root / "x.pth")
+    seen = {}
+    for name in ("Mixed_6a", "Mixed_6e", "Mixed_6d.branch1x1"):
+        net.get_submodule(name).register_forward_hook(lambda _, __, out, name=name: seen.setdefault(name.lower(), out))
+    images = (128 + 40 * unit("s:inc", 2, 3, 32, 32)).clamp(0, 255).round()
+    with torch.no_grad():
+        seen["pool"], spatial = net(images.byte())
+    seen["logits"] = net.fc(seen["pool"])
+    for name, (index, values) in GOLDEN["inception"].items():
+        close(seen[name].flatten()[index], values, 1e-5, name)
+    assert spatial.shape == (2, 2023)
+    close(spatial.view(2, 17, 17, 7).permute(0, 3, 1, 2), seen["mixed_6d.branch1x1"][:, :7], 0, "sFID's features")
+    close(net.logits(seen["pool"]), seen["logits"] - net.fc.bias, 1e-5, "without the bias")
+
+
+def test_golden_scores():
+    gold = GOLDEN["scores"]
+    real = unit("f:fa", 64, 8) @ (torch.eye(8) + 0.3 * unit("f:fm", 8, 8) / math.sqrt(8))
+    fake = 1.2 * unit("f:fb", 80, 8) + 0.1
+    close(sample.frechet_distance(real.mean(0), real.T.cov(), fake.mean(0), fake.T.cov()), gold["frechet_distance"], 1e-6)
+    close(sample.precision_recall(real, fake), (gold["precision"], gold["recall"]), 1e-6)
+    close(sample.inception_score(2 * unit("f:lg", 64, 20)), gold["inception_score"], 1e-6)
+
+
+def test_frechet_distance_of_known_gaussians():
+    """N(0, I) and N(m, Q diag(s) Q^T): |m|^2 + sum (1 - sqrt s)^2. A set without full rank is at 0 from itself."""
+    torch.manual_seed(0)
+    q, s, m = torch.linalg.qr(torch.randn(6, 6).double())[0], torch.rand(6).double() * 4, torch.randn(6).double()
+    expected = m.square().sum() + (1 - s.sqrt()).square().sum()
+    a, b = (torch.zeros(6), torch.eye(6)), (m, q * s @ q.T)
+    close(sample.frechet_distance(*a, *b), expected, 1e-12)
+    close(sample.frechet_distance(*(v.numpy() for v in b), *a), expected, 1e-12, "the other way round, from numpy")
+    few = 100 * torch.randn(5, 40).double()
+    assert sample.frechet_distance(few.mean(0), few.T.cov(), few.mean(0), few.T.cov()) < 1e-8
+    close(sample.frechet_distance(few.mean(0), few.T.cov(), few.mean(0) + 1, few.T.cov()), 40, 1e-9, "moved by 1 each way")
+
+
+def test_inception_score_by_splits():
+    sure = torch.eye(4).repeat(5, 1) * 100                                 # all four classes, each certain
+    close(sample.inception_score(sure), 4, 1e-12)
+    close(sample.inception_score(torch.zeros(7, 4)), 1, 1e-12, "no idea")
+    close(sample.inception_score(torch.cat([sure[:8], sure[:1].repeat(4, 1)]), split=8), (4 + 1) / 2, 1e-12, "a split each")
+
+
+def test_precision_and_recall_equal_the_naive_form():
+    def naive(real, fake, k):
+        inside = lambda x, y: (torch.cdist(y, x) <= torch.cdist(x, x).kthvalue(k + 1, dim=1).values).any(1).double().mean()
+        return inside(real, fake), inside(fake, real)
+    torch.manual_seed(0)
+    real, fake = 3 + torch.randn(70, 3).double(), 3.4 + 0.7 * torch.randn(50, 3).double()
+    rows = sample.ROWS
+    try:
+        for sample.ROWS in (rows, 16, 1):                                  # a block of distances at a time
+            for k in (1, 3):
+                close(sample.precision_recall(real, fake, k), naive(real, fake, k), 1e-12, f"{sample.ROWS} rows, k = {k}")
+    finally:
+        sample.ROWS = rows
+    copies = torch.cat([torch.randn(20, 2048) + 5] * 6)                    # balls of radius 0: fp32 must not miss them
+    assert sample.precision_recall(copies, copies.flip(0)) == (1, 1)
+    assert sample.precision_recall(copies, copies[:20] + 1e-2) == (0, 1), "beside copies; and among neighbours"
+    assert sample.precision_recall(real, fake + 100) == (0, 0)
+
+
+def moments_of_two_processes(path):
+    rank, moments = int(os.environ["RANK"]), sample.Moments(5, "cpu")
+    for part in (5 + unit("moments", 60, 5)).float().split(7)[rank::2]:
+        moments.add(part)
+    mean, covariance, n = moments.over_all_processes()
+    np.savez(path / f"{rank}.npz", mean=mean, covariance=covariance, n=n)
+
+
+def test_statistics_stream_and_add_up_over_processes():
+    x = (5 + unit("moments", 60, 5)).float().double().numpy()
+    with folder() as root:
+        in_two_processes(moments_of_two_processes, root)
+        for rank in (0, 1):
+            found = np.load(root / f"{rank}.npz")
+            assert found["n"] == 60
+            close(found["mean"], x.mean(0), 1e-14)
+            close(found["covariance"], np.cov(x.T), 1e-14)
+
+
+def test_features_kept_are_spread_evenly():
+    kept = sample.KEPT
+    try:
+        sample.KEPT = 10
+        net, images = SmallInception(), np.stack([data.Shapes(32).read(i) for i in range(25)])
+        for n in (7, 10, 11, 25):
+            batches = [(range(k, min(n, k + 4)), images[k:min(n, k + 4)]) for k in range(0, n, 4)]
+            found = sample.statistics(net, batches[::2] + batches[1::2], n, "fp32")  # in any order
+            with torch.no_grad():
+                features = net(torch.from_numpy(images[:n]).permute(0, 3, 1, 2))[0]
+            which = [i for i in range(n) if n <= 10 or (i + 1) * 10 // n > i * 10 // n]
+            assert len(which) == min(n, 10) and found["images"] == n
+            close(found["features"], features[which], 1e-6, f"{n} images")
+            close(found["sigma"], features.T.double().cov(), 1e-6, "and the covariance is of all")
+    finally:
+        sample.KEPT = kept
+
+
+def test_a_reference_scores_itself_perfectly():
+    """The commands, the real network, images in an .npz, a folder and a zip."""
+    with folder() as root:
+        inception, npz = ("--inception", inception_file(root / "i.pth")), save_images(root / "a.npz", 8)
+        code, said = command(sample, "--reference", npz, "--out", root / "ref.npz", *inception)
+        assert code == 0 and "of 8 images of 32 x 32" in said and "images/s" in said, said
+        (root / "each").mkdir()
+        with np.load(npz) as file, np.load(root / "ref.npz") as ref, zipfile.ZipFile(root / "each.zip", "w") as out:
+            assert {n: ref[n].shape for n in ref.files if n != "header"} == {
+                "mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023), "features": (8, 2048),
+                "images": ()} and ref["sigma_s"].dtype == np.float64
+            header = json.loads(str(ref["header"]))
+            assert (header["source"], header["images"], header["size"]) == (str(npz), 8, 32) and "bilinear" in header["resize"]
+            for i, image in enumerate(file["arr_0"]):
+                Image.fromarray(image).save(root / f"each/{i}.png")
+                out.write(root / f"each/{i}.png", f"{i}.png")
+        refused_below = ("--images", npz, "--score", root / "ref.npz", *inception)
+        complains(sample, *refused_below, words=["8 images are too few", "2048", "--force"])
+        for source in (npz, root / "each.zip"):
+            code, said = command(sample, "--images", source, "--score", root / "ref.npz", *inception, "--force", "--batch", 3)
+            assert code == 0 and "higher than one of 50000" in said, said
+            scores, provenance = scores_said(said)
+            assert scores["fid"] < 1e-2 and scores["sfid"] < 1e-2 and scores["precision"] == scores["recall"] == 1, scores
+            for words in (f"8 images of {source}", data.file_hash(root / "ref.npz"), "bilinear", data.file_hash(root / "i.pth"),
+                          "fp32", "NOT THE PUBLISHED"):
+                assert words in provenance, (words, provenance)
+
+
+def test_references_of_all_kinds():
+    """ADM's files have no features, but images to take them from; others have mu and sigma alone."""
+    with small_inception() as root:
+        weights = ("--inception", root / "inception.pth")
+        npz, other = save_images(root / "a.npz", 30), save_images(root / "b.npz", 40, first=30)
+        score = lambda ref, *more: scores_said(command(sample, "--images", other, "--score", ref, "--force", *weights, *more)[1])
+        command(sample, "--reference", npz, "--out", root / "ref.npz", *weights)
+        expected, _ = score(root / "ref.npz")
+        with np.load(root / "ref.npz") as ref, np.load(npz) as images:
+            ours = {n: ref[n] for n in ref.files}
+            adm = {n: ref[n] for n in ("mu", "sigma", "mu_s", "sigma_s")}
+            np.savez(root / "adm.npz", arr_0=images["arr_0"], **adm)
+            np.savez_compressed(root / "edm.npz", mu=ref["mu"], sigma=ref["sigma"])
+        assert expected["fid"] > 0 and 0 < expected["recall"] < 1 and len(expected) == 5
+        scores, provenance = score(root / "adm.npz", "--batch", 7)
+        assert scores == expected and "made elsewhere" in provenance
+        assert score(root / "edm.npz")[0] == {"fid": expected["fid"], "is": expected["is"]}
+
+        no = lambda ref, *more, words: complains(sample, "--images", other, "--score", ref, "--force", *weights, *more, words=words)
+        no(root / "none.npz", words=["no file", "none.npz", "--reference"])
+        no(npz, words=["a.npz", "no mu and sigma", "--reference"])
+        (root / "cut.npz").write_bytes((root / "ref.npz").read_bytes()[:3000])
+        no(root / "cut.npz", words=["cut.npz", "is no reference"])
+        np.savez(root / "shape.npz", **{**adm, "mu": np.zeros(5)})
+        no(root / "shape.npz", words=["shape.npz", "is no reference"])
+        header = json.loads(str(ours["header"]))
+        np.savez(root / "foreign.npz", **{**ours, "header": json.dumps({**header, "inception": "0" * 16})})
+        no(root / "foreign.npz", words=["foreign.npz", "other Inception weights", "0" * 16])
+        no(root / "ref.npz", "--size", 64, words=["64 x 64", "32 x 32", "--size 64"])
+        assert score(root / "ref.npz", "--size", 32)[0] == expected
+
+
+def test_reading_images_to_score_them():
+    """Without --size they must be squares of one size; arrays of an .npz stay in the file."""
+    with small_inception() as root:
+        weights = ("--inception", root / "inception.pth")
+        make = lambda source, *more: (sample, "--reference", source, "--out", root / "out.npz", *weights, *more)
+        images, _ = arrays_of(save_images(root / "a.npz", 5))
+        dataset = data.open_dataset(root / "a.npz")
+        assert isinstance(dataset.images, np.memmap) and dataset.size == 32 and np.array_equal(dataset.read(3), images[3])
+        np.savez_compressed(root / "small.npz", arr_0=images)
+        assert np.array_equal(data.open_dataset(root / "small.npz").read(3), images[3])
+        np.savez(root / "fortran.npz", arr_0=np.asfortranarray(images))
+        assert np.array_equal(data.open_dataset(root / "fortran.npz").read(3), images[3])
+        (root / "mixed").mkdir()
+        for i in range(5):
+            Image.fromarray(images[i]).resize((32, 40) if i == 4 else (32, 32)).save(root / f"mixed/{i}.png")
+            Image.fromarray(images[i]).resize((32, 40) if i in (0, 3) else (32, 32)).save(root / "mixed" / f"x{i}.png")
+        complains(*make(root / "mixed"), words=["cannot be read, more than 1 %", "x0.png", "x3.png"])
+        Image.new("RGB", (32, 40)).save(root / "mixed/0.png")
+        complains(*make(root / "mixed"), words=["0.png", "32 x 40", "--size"])
+        np.savez(root / "wide.npz", arr_0=np.zeros((3, 32, 40, 3), np.uint8))
+        complains(*make(root / "wide.npz"), words=["40 x 32", "--size"])
+        code, said = command(*make(root / "mixed", "--size", 16))
+        assert code == 0 and "10 images of 16 x 16" in said, said
+        complains(*make(root / "mixed", "--size", 16), words=["out.npz", "exists"])
+        complains(sample, "--reference", root / "mixed", words=["--out REF.npz"])
+        complains(sample, "--reference", root / "mixed", "--out", root / "x.png", words=["x.png", ".npz"])
+        complains(sample, "--images", root / "mixed", words=["--score"])
+        complains(sample, "--images", root / "mixed", "--score", "x", "--cfg", 3, "--n", 3, words=["--cfg and --n", "--images"])
+        complains(sample, "--ckpt", "x", "--bf16", words=["--bf16", "no meaning"])
+
+
+def arrays_of(path):
+    with np.load(path) as file:
+        return file["arr_0"], file["arr_1"] if "arr_1" in file else None
+
+
+def test_scores_of_samples_in_one_process_and_in_two():
+    """What --ckpt scores is what it writes; two processes, and those of --images, say the same."""
+    with small_inception() as root, checkpoint("--lr", 0.01) as (_, path):
+        weights, ref = ("--inception", root / "inception.pth"), root / "ref.npz"
+        command(sample, "--reference", save_images(root / "a.npz", 20), "--out", ref, *weights)
+        flags = ("--ckpt", path, "--n", 11, "--score", ref, *weights, "--classes", "3,1", "--cfg", 2)
+        complains(sample, *flags, words=["11 images are too few", "--force"])
+        code, said = command(sample, *flags, "--force", "--npz", root / "made.npz")
+        assert code == 0, said
+        expected, provenance = scores_said(said)
+        for words in ("11 images by the EMA weights of", data.file_hash(path), "dpmpp, 3 steps, guidance 2", "classes 3,1",
+                      "seed 0", str(ref), data.file_hash(ref), "bilinear", data.file_hash(root / "inception.pth"), "fp32"):
+            assert words in provenance, (words, provenance)
+        assert scores_said(command(sample, "--images", root / "made.npz", "--score", ref, "--force", *weights)[1])[0] == expected
+        raw = scores_said(command(sample, *flags, "--force", "--raw", "--batch", 4)[1])
+        assert "raw weights of" in raw[1] and raw[0] != expected
+        port = str(free_port())
+        for more in (flags, ("--images", root / "made.npz", "--score", ref, *weights)):
+            pair = [launch("sample", *more, "--force", "--batch", 2, prepare=USE_SMALL_INCEPTION, MASTER_ADDR="127.0.0.1",
+                           MASTER_PORT=port, WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, stdout=subprocess.PIPE)
+                    for rank in ("0", "1")]
+            said = [process.communicate(timeout=60) for process in pair]
+            assert all(process.returncode == 0 for process in pair) and "FID" not in said[1][0], said
+            found = scores_said(said[0][0])[0]
+            for name in expected:
+                close(found[name], expected[name], 1e-2 if more is flags else 1e-4, name)
+        complains(sample, "--ckpt", path, "--n", 11, "--force", "--score", root / "none.npz", *weights, words=["none.npz"])
+
+
+def test_without_inception_weights_the_rest_works():
+    with checkpoint() as (root, path):
+        words = ["mseitzer/pytorch-fid/releases", "pt_inception-2015-12-05-6726825d.pth", "SHA-256", "6726825d", "--inception"]
+        hub, torch.hub.get_dir = torch.hub.get_dir, lambda: str(root)
+        try:
+            complains(sample, "--ckpt", path, "--n", 2048, "--score", root / "ref.npz", words=words)
+            complains(sample, "--reference", "shapes", "--out", root / "ref.npz", words=words)
+            complains(train, *TINY, "--out", root / "new", "--score-every", 1, "--score-ref", root / "ref.npz", words=words)
+            (root / "checkpoints").mkdir()
+            inception_file(root / "checkpoints" / sample.INCEPTION)
+            assert sample.load_inception()[1] == data.file_hash(root / "checkpoints" / sample.INCEPTION)
+        finally:
+            torch.hub.get_dir = hub
+        torch.save({"fc.weight": torch.zeros(3)}, root / "x.pth")
+        complains(sample, "--reference", "shapes", "--out", root / "ref.npz", "--inception", root / "x.pth",
+                  words=["x.pth", "missing", "Conv2d_1a_3x3"])
+        assert not (root / "ref.npz").exists() and not (root / "new").exists()
+        assert command(sample, "--ckpt", path, "--n", 2, "--out", root / "x.png")[0] == 0
+
+
+def scored_runs(root):
+    """Ten steps of eight images, scored after 4 and 8 of them and at the end, as two micro-batches."""
+    sample.Inception = SmallInception
+    cfg = configs.config_from("shapes", dict(
+        hidden_size=32, depth=1, num_heads=2, batch_size=8, micro_batch=4, kimg=0.08, tick_kimg=0.016, steps=3, workers=0,
+        precision="fp32", lr=1e-2, score_every=0.032, score_n=70, score_ref=str(root / "ref.npz"),
+        inception=str(root / "inception.pth")))
+    train_here(cfg, root / "run", sample.Scorer(cfg.score_ref, cfg.inception))
+
+
+def test_scores_while_training():
+    """The log, the picture, the best checkpoint; what sample.py makes of that; and resumed equals unbroken, also where
+    the stop came in the middle of a score."""
+    with small_inception() as root:
+        command(sample, "--reference", save_images(root / "a.npz", 40), "--out", root / "ref.npz",
+                "--inception", root / "inception.pth")
+        flags = ("--score-every", 0.032, "--score-n", 70, "--score-ref", root / "ref.npz", "--lr", 0.01, "--precision", "fp32",
+                 "--inception", root / "inception.pth", "--force", "--sample-kimg", 1)
+        whole = tiny_run(root / "whole", *flags)
+        log = [json.loads(line) for line in (root / "whole/log.jsonl").read_text().splitlines()]
+        scores = [entry for entry in log if "fid" in entry]
+        assert log == whole["progress"]["log"] and [entry["step"] for entry in scores] == [4, 8, 10]
+        assert all(entry["images"] == 70 and "70 images by the EMA weights" in entry["score_of"]
+                   and data.file_hash(root / "ref.npz") in entry["score_of"] and 0 <= entry["recall"] <= 1 for entry in scores)
+        best = min(scores, key=lambda entry: entry["fid"])
+        assert sample.read_checkpoint(root / "whole/best.pt")["step"] == best["step"]
+        assert Image.open(root / "whole/loss.png").size == (1200, 1200)
+        said = command(sample, "--ckpt", root / "whole/best.pt", "--n", 70, "--score", root / "ref.npz", "--inception",
+                       root / "inception.pth", "--force")[1]
+        close(scores_said(said)[0]["fid"], best["fid"], 1e-3)
+
+        agree = train.agree
+
+        def interrupted(stop, failed, device):
+            interrupted.asked += 1
+            if interrupted.asked == when:
+                stop.ask(signal.SIGTERM, None)
+            return agree(stop, failed, device)
+        for when, step in ((4, 4), (5, 4), (6, 4), (16, 10)):              # with a step, and in a score: of the two questions
+            interrupted.asked, out = 0, root / f"stopped-{when}"           # after step 4, and the last after step 10
+            try:
+                train.agree = interrupted
+                code, said = command(train, *TINY, "--out", out, "--kimg", 0.08, *flags)
+            finally:
+                train.agree = agree
+            assert code == 143 and "the same command goes on" in said, (code, said)
+            assert sample.read_checkpoint(out / "last.pt")["step"] == step
+            assert same(tiny_run(out, *flags)["progress"], whole["progress"]), when
+        late = tiny_run(root / "late")
+        assert not any("fid" in entry for entry in late["progress"]["log"])
+        assert tiny_run(root / "late", *[f for f in flags if f not in ("--lr", 0.01, "--precision", "fp32")])[
+            "progress"]["log"][-1]["step"] == 10, "a finished run is scored once it is asked for"
+        no = lambda *more, words: complains(train, *TINY, "--out", root / "no", "--kimg", 0.08, *more, words=words)
+        no("--score-every", 1, words=["--score-every 1", "--score-ref", "together"])
+        no("--score-ref", "x", words=["--score-every", "together"])
+        no(*flags[:-3], words=["70 images are too few", "--force"])
+        no(*flags, "--input-size", 16, words=["16 x 16", "32 x 32"])
+
+
+def test_scores_while_training_in_two_processes():
+    with small_inception() as one, folder() as two:
+        command(sample, "--reference", save_images(one / "a.npz", 40), "--out", one / "ref.npz", "--inception",
+                one / "inception.pth")
+        for name in ("ref.npz", "inception.pth"):
+            (two / name).write_bytes((one / name).read_bytes())
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            scored_runs(one)
+        finally:
+            torch.set_num_threads(threads)
+        in_two_processes(scored_runs, two)
+        logs = [[json.loads(line) for line in (root / "run/log.jsonl").read_text().splitlines()] for root in (one, two)]
+        for a, b in zip(*([entry for entry in log if "fid" in entry] for log in logs), strict=True):
+            assert a["step"] == b["step"] and a["images"] == b["images"] == 70
+            for name in ("fid", "sfid", "is", "precision", "recall"):
+                close(a[name], b[name], 1e-3, name)
+        steps = [sample.read_checkpoint(root / "run/best.pt")["step"] for root in (one, two)]
+        assert steps[0] == steps[1]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -328,7 +328,7 @@ def link(source, dest):
 
 # A run may change its length, its machine, how it is watched and how its samples are made; nothing else.
 MAY_CHANGE = {"kimg", "micro_batch", "compile", "checkpoint_blocks", "workers", "tick_kimg", "sample_kimg", "save_kimg",
-              "keep", *sample.SAMPLING}
+              "keep", "score_every", "score_n", "score_ref", "inception", *sample.SAMPLING}
 
 
 def refuse_another_run(theirs, cfg, path):
@@ -348,7 +348,7 @@ def open_folder(out, cfg, overwrite):
         raise ValueError(f"--out {out} is a file; give a folder")
     if config.exists() and overwrite:
         for file in numbered(out) + [file for pattern in ("log.jsonl", "loss.png", "samples-*.png", "last.pt",
-                                                          "previous.pt", "config.json") for file in out.glob(pattern)]:
+                                                          "previous.pt", "best.pt", "config.json") for file in out.glob(pattern)]:
             file.unlink()                                                  # config.json last: it marks the folder
     elif config.exists():
         try:
@@ -448,12 +448,23 @@ class Progress:
             self.seen, self.norms, self.timed, self.busy, self.waited = [], [], 0, 0.0, 0.0
 
 
+    def add_score(self, step, found, of):
+        """Note the scores of this step, and what they go by -> are they the best so far, by FID, of their kind?"""
+        before = [entry["fid"] for entry in self.log if entry.get("score_of") == of]
+        self.log.append({"step": step, "kimg": step * self.cfg.batch_size / 1000, **found, "score_of": of})
+        if self.writes:
+            say(("\n" if self.live else "") + f"kimg {self.log[-1]['kimg']:.1f}  {sample.in_words(found)}\n  {of}")
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(self.log[-1]) + "\n")
+        return found["fid"] < min(before, default=math.inf)
+
+
 def clock(seconds):
     return f"{round(seconds) // 3600}:{round(seconds) // 60 % 60:02}:{round(seconds) % 60:02}"
 
 
 def draw_curves(log, path):
-    """loss.png: what the log holds over thousands of images, on logarithmic scales."""
+    """loss.png: what the log holds over thousands of images, on logarithmic scales; scores only where there are any."""
     def series(get):
         points = []
         for entry in log:
@@ -472,11 +483,14 @@ def draw_curves(log, path):
         ("gradient norm: all, and the largest part", [("all", lambda entry: entry["grad_norm"]),
                                                       ("part", lambda entry: max(entry["grad_norm_parts"].values()))]),
         ("norm of the condition vector", [(name, lambda entry, name=name: entry["condition_norm"][name])
-                                          for name in ("mean", "max", "std")])]
+                                          for name in ("mean", "max", "std")]),
+        ("scores of samples", [(name, lambda entry, name=name: entry[name.lower()]) for name in ("IS", "sFID", "FID")]),
+        ("precision and recall of samples", [(name, lambda entry, name=name: entry[name])
+                                             for name in ("recall", "precision")])]
     panels = [(title, [(name, series(get)) for name, get in lines]) for title, lines in panels]
-    image = Image.new("RGB", (1200, 800), "white")
+    panels = [(title, [(name, points) for name, points in lines if points]) for title, lines in panels]
+    image = Image.new("RGB", (1200, 1200 if any(lines for _, lines in panels[4:]) else 800), "white")
     for k, (title, lines) in enumerate(panels):
-        lines = [(name, points) for name, points in lines if points]
         if lines:
             draw_panel(ImageDraw.Draw(image), 600 * (k % 2), 400 * (k // 2), title, lines)
     data.save_image(image, path)
@@ -500,8 +514,11 @@ def draw_panel(pen, x0, y0, title, lines, width=600, height=400):
     for k, (name, points) in enumerate(lines):
         colour = ("#999999", "#dd8833", "#2255cc", "#228833")[k]
         pen.line([at(x, y) for x, y in points], fill=colour, width=2)
-        pen.text((right - 6 - 45 * k, top + 4), name, fill=colour, anchor="ra")
-    pen.text(((left + right) / 2, y0 + 10), title, fill="black", anchor="ma")
+        if len(points) < 20:
+            for x, y in points:
+                pen.circle(at(x, y), 3, fill=colour)
+        pen.text((right - 60 * k, y0 + 10), name, fill=colour, anchor="ra")
+    pen.text((left, y0 + 10), title, fill="black")
     pen.text(((left + right) / 2, bottom + 22), "thousands of images", fill="black", anchor="ma")
 
 
@@ -537,20 +554,39 @@ class Feed:
         return batch
 
 
-def agree(stop, feed, device):
+def agree(stop, failed, device):
     """-> the signal that any process was sent (or 0), and the images that any could not read; the same in all."""
     if sample.rank_and_size()[1] == 1:
-        return stop.signal, feed.failed
-    said = sample.from_all(torch.tensor([[stop.signal], [len(feed.failed)]], device=device))
-    failed = sum(sample.objects_from_all(feed.failed), []) if said[1].any() else []
+        return stop.signal, failed
+    said = sample.from_all(torch.tensor([[stop.signal], [len(failed)]], device=device))
+    failed = sum(sample.objects_from_all(failed), []) if said[1].any() else []
     return int(said[0].max()), failed
 
 
-def train(cfg, dataset, out, weights=None, device=None, vae=None):
+def score(model, cfg, scorer, vae, stop, device, batch=64):
+    """FID and the other scores of cfg.score_n samples, the same ones each time, divided over the processes -> as
+    Scorer gives them, in all processes; or None, if a signal came first."""
+    rank, size = sample.rank_and_size()
+
+    def share():
+        for first in range(rank * batch, cfg.score_n + rank * batch, size * batch):  # equally often in each process
+            if agree(stop, [], device)[0]:
+                raise InterruptedError
+            indices = range(first, min(first + batch, cfg.score_n))
+            for x, _ in sample.generate(model, cfg, indices, batch=batch):
+                yield indices, sample.pixels(x, cfg, vae)
+
+    try:
+        return scorer(share(), cfg.score_n)
+    except InterruptedError:
+        return None
+
+
+def train(cfg, dataset, out, weights=None, device=None, vae=None, scorer=None):
     """Train cfg on dataset in the folder out, from the start or from its newest checkpoint -> None when complete, or
     the number of the signal that stopped it. weights: a state_dict to begin with. vae: makes the sample grids of a
-    latent network, which has none without. ValueError past 1 % unreadable images, or after 10 steps in a row without
-    finite gradients."""
+    latent network, which has none without. scorer: a sample.Scorer, for cfg.score_every. ValueError past 1 % unreadable
+    images, or after 10 steps in a row without finite gradients."""
     device, out, batch = device or sample.default_device(), Path(out), cfg.batch_size
     trainer, progress, start, good = Trainer(cfg, device, weights), Progress(cfg, out, device, dataset), 0, None
     found = sample.on_rank_0(lambda: newest(out))
@@ -558,7 +594,17 @@ def train(cfg, dataset, out, weights=None, device=None, vae=None):
         start, good = load_checkpoint(found, cfg, trainer, progress), found
         if progress.writes:
             say(f"resumed from {found} at {start * batch / 1000:g} kimg")
-    if start >= progress.total:
+
+    def passed(kimg, done):
+        """Has the step before this one, or the whole run, reached another so many thousand images?"""
+        return done == progress.total or done * batch // (1000 * kimg) > (done - 1) * batch // (1000 * kimg)
+
+    def due(done):
+        """Is there to be a score at this step, and is there none yet?"""
+        return (scorer and done and passed(cfg.score_every, done)
+                and not any("fid" in entry and entry["step"] == done for entry in progress.log))
+
+    if start > progress.total or (start == progress.total and not due(start)):
         return None
 
     places = (range(step * batch + k * trainer.micro, step * batch + (k + 1) * trainer.micro)
@@ -567,12 +613,22 @@ def train(cfg, dataset, out, weights=None, device=None, vae=None):
     in_a_row, stop = 0, Stop()
     progress.begin(start)
 
-    for step in range(start, progress.total):
+    for step in range(start, progress.total + 1):
+        if due(step):                                                      # here, so that a run stopped meanwhile
+            found = score(trainer.ema.model, cfg, scorer, vae, stop, device)  # begins with it when it resumes
+            if found is None:
+                return agree(stop, [], device)[0]
+            of = f"{cfg.score_n} images by the EMA weights, {sample.recipe(cfg, 0)}; {scorer.provenance()}"
+            best = progress.add_score(step, found, of)
+            sample.on_rank_0(lambda: save_checkpoint(out / "last.pt", cfg, step, trainer, progress,
+                                                     out / "best.pt" if best else None))
+            sample.on_rank_0(lambda: draw_curves(progress.log, out / "loss.png"))
+        if step == progress.total:
+            return None
         began, images, done = time.time(), step * batch, step + 1
-        passed = lambda kimg: done == progress.total or done * batch // (1000 * kimg) > images // (1000 * kimg)
-        seen, norms = trainer.step(step, feed, watch=passed(cfg.tick_kimg))
+        seen, norms = trainer.step(step, feed, watch=passed(cfg.tick_kimg, done))
         progress.time(time.time() - began, feed.waited)
-        stopped, failed = agree(stop, feed, device)
+        stopped, failed = agree(stop, feed.failed, device)
         progress.unreadable.add(failed)
         feed.waited, feed.failed = 0.0, []
         if norms is not None:
@@ -583,15 +639,15 @@ def train(cfg, dataset, out, weights=None, device=None, vae=None):
         if in_a_row == 10:
             raise ValueError(f"the gradients of 10 steps in a row, up to step {step} ({images / 1000:g} kimg), were "
                              f"not finite; the last good checkpoint is {good or 'yet to be written'}; lower --lr")
-        progress.show(done, learning_rate(cfg, images), passed(cfg.tick_kimg), trainer, seen)
+        progress.show(done, learning_rate(cfg, images), passed(cfg.tick_kimg, done), trainer, seen)
 
         name = f"{done * batch // 1000:06}"                                # in kimg
-        if passed(cfg.sample_kimg):                                        # first: a run killed here does it again
+        if passed(cfg.sample_kimg, done):                                  # first: a run killed here does it again
             if vae or cfg.in_channels == 3:
                 sample.save_samples(trainer.ema.model, cfg, out / f"samples-{name}.png", vae)
             sample.on_rank_0(lambda: draw_curves(progress.log, out / "loss.png"))
-        if passed(cfg.save_kimg) or passed(cfg.sample_kimg) or stopped:
-            stays = out / f"{name}.pt" if passed(cfg.save_kimg) else None
+        if passed(cfg.save_kimg, done) or passed(cfg.sample_kimg, done) or stopped or due(done):
+            stays = out / f"{name}.pt" if passed(cfg.save_kimg, done) else None
             sample.on_rank_0(lambda: save_checkpoint(out / "last.pt", cfg, done, trainer, progress, stays))
             good = out / "last.pt"
         if stopped and done < progress.total:
@@ -651,7 +707,7 @@ def study(out, flags, seeds=3, n=500):
             signal.signal(signal.SIGINT, signal.default_int_handler)       # train's own would wait for a step
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             log = sample.read_checkpoint(folder / "last.pt")["progress"]["log"]
-            tail = [entry["loss"] for entry in log if entry["kimg"] > 0.8 * cfg.kimg]
+            tail = [entry["loss"] for entry in log if entry["kimg"] > 0.8 * cfg.kimg and "loss" in entry]
             model, cfg = sample.load_model(folder / "last.pt")
             images, labels = zip(*((sample.pixels(x, cfg), y.cpu()) for x, y in sample.generate(model, cfg, range(n))))
             losses.append(sum(tail) / len(tail))
@@ -699,6 +755,18 @@ def open_vae(cfg, dataset):
         raise ValueError(f"--vae {cfg.vae} (its encoder: {ours}) is not the one that made {cfg.data} ({theirs}); pass "
                          f"that one, or none and go without sample grids")
     return vae
+
+
+def open_scorer(cfg, vae, force):
+    """What scores the samples while training, or None. ValueError if that cannot be done."""
+    if not cfg.score_every:
+        return None
+    if cfg.in_channels != 3 and not vae:
+        raise ValueError("--score-every scores pictures, and this network makes latents; pass --vae FILE")
+    sample.check_number(cfg.score_n, force)
+    scorer = sample.Scorer(cfg.score_ref, cfg.inception, workers=cfg.workers)
+    scorer.check_size(cfg.input_size * (vae.factor if vae else 1))
+    return scorer
 
 
 def adapted(weights, network, path):
@@ -761,6 +829,7 @@ def main():
     parser.add_argument("--init-from", metavar="CKPT",
                         help="begin with the EMA weights of this checkpoint, or with published ones")
     parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    parser.add_argument("--force", action="store_true", help="score with fewer than 2048 images, too")
     parser.add_argument("--study", action="store_true",
                         help="train each of the paper's ablations on shapes, three seeds each, and print a table")
     parser.add_argument("--bench", type=int, nargs="?", const=20, metavar="N", help="only time N steps (default 20)")
@@ -772,14 +841,14 @@ def main():
 
 def run(args):
     """The command with these flags -> the number of the signal that stopped it, if one did."""
-    name, out, init_from, overwrite, n, studies = (
-        args.pop(key) for key in ("preset", "out", "init_from", "overwrite", "bench", "study"))
+    name, out, init_from, overwrite, n, studies, force = (
+        args.pop(key) for key in ("preset", "out", "init_from", "overwrite", "bench", "study", "force"))
     device = sample.default_device()
     if studies:
-        own = {"data", "model", "time_in", "time_embedding", "num_classes", "seed"} & args.keys()
+        own = {"data", "model", "time_in", "time_embedding", "num_classes", "seed", "score_every"} & args.keys()
         if name != "shapes" or own or init_from or overwrite or n is not None or sample.rank_and_size()[1] > 1:
             which = " and ".join(map(configs.flag_of, own)) or "--preset, --init-from, --overwrite, --bench, torchrun"
-            raise ValueError(f"--study chooses data, networks and seeds itself; leave out {which}")
+            raise ValueError(f"--study chooses data, networks, seeds and scores itself; leave out {which}")
         check_machine(config_from(name, args), device)
         return study(Path(out or "runs/study"), args)
     out, weights = Path(out or f"runs/{name}"), None
@@ -793,6 +862,7 @@ def run(args):
         return bench(cfg, device, n)
     dataset = open_data(cfg)
     vae = open_vae(cfg, dataset)
+    scorer = open_scorer(cfg, vae, force)
     with torch.device("meta"):
         network = diffit.build(cfg)                                        # do the sizes fit? no memory is taken
     if init_from and (overwrite or not (out / "last.pt").exists()):        # a run under way has weights of its own
@@ -805,7 +875,7 @@ def run(args):
     sample.on_rank_0(lambda: open_folder(out, cfg, overwrite))             # nothing is written before this line
     if first:
         describe(name, cfg, network, dataset, device)
-    stopped = train(cfg, dataset, out, weights, device, vae)
+    stopped = train(cfg, dataset, out, weights, device, vae, scorer)
     if stopped and first:
         say(f"\nstopped by {signal.Signals(stopped).name} and saved; the same command goes on from here"
             + (", without --overwrite" if overwrite else ""))
