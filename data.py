@@ -575,8 +575,8 @@ def mapped_array(path, name):
     """An array of an .npz, memory-mapped; None if it is compressed (np.savez does not), or no plain array."""
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         entry = archive.getinfo(name)
-        file.seek(entry.header_offset + 26)                                # of the 30 bytes before its name and extra field,
-        lengths = np.frombuffer(file.read(4), "<u2")                       # the last four
+        file.seek(entry.header_offset + 26)                                # 30 bytes; the last four are the lengths of
+        lengths = np.frombuffer(file.read(4), "<u2")                       # the name and the extra field that follow
         file.seek(int(lengths.sum()), os.SEEK_CUR)
         if entry.compress_type != zipfile.ZIP_STORED or np.lib.format.read_magic(file) != (1, 0):
             return None

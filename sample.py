@@ -339,13 +339,14 @@ def grid_columns(cfg, classes=None):
     return count if 1 < count <= 16 else None
 
 
-def recipe(cfg, seed, classes=None):
+def recipe(cfg, seed=0, classes=None):
     """How images are sampled, in words; of what else SAMPLING has, that which is not as Config has it by itself."""
     others = [name for name in SAMPLING if name not in ("sampler", "steps", "cfg", "vae", "precision")
               and getattr(cfg, name) != getattr(Config, name)]
     return ", ".join([cfg.sampler, f"{cfg.steps} steps", f"guidance {cfg.cfg:g}",
                       *(f"{name.replace('_', '-')} {getattr(cfg, name)}" for name in others),
-                      *([f"classes {','.join(map(str, classes))}"] if classes else []), f"seed {seed}"])
+                      *([f"classes {','.join(map(str, classes))}"] if classes else []), f"seed {seed}",
+                      f"in {arithmetic(cfg.precision, default_device())}"])
 
 
 def save_samples(model, cfg, path, vae=None):
@@ -465,7 +466,8 @@ def save_npz(folder, n, labels, path):
 # ---------------------------------------------------------------------------------------------
 # The network that scores look through
 
-INCEPTION = "pt_inception-2015-12-05-6726825d.pth"                         # its SHA-256 begins as its name ends
+INCEPTION_HASH = "6726825d"           # how the SHA-256 of the published file begins
+INCEPTION = f"pt_inception-2015-12-05-{INCEPTION_HASH}.pth"
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}"
 RESIZE = "bilinear to 299 x 299 (half-pixel centres, no antialiasing)"
 
@@ -479,7 +481,8 @@ class Inception(nn.Module):
 
     def __init__(self):
         super().__init__()
-        average, largest, halve = nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.MaxPool2d(3, 1, 1), nn.MaxPool2d(3, 2)
+        average, largest = nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.MaxPool2d(3, 1, 1)
+        self.halve = halve = nn.MaxPool2d(3, 2)
         row, column = (1, 7), (7, 1)
 
         def mixed_5(before, width):
@@ -495,7 +498,6 @@ class Inception(nn.Module):
             return Mixed(before, pool, branch1x1=[(320, 1)], branch3x3=[(384, 1), (384, (1, 3), (3, 1))],
                          branch3x3dbl=[(448, 1), (384, 3), (384, (1, 3), (3, 1))], branch_pool=[(192, 1)])
 
-        self.halve = halve
         self.Conv2d_1a_3x3 = ConvNorm(3, 32, 3, stride=2)                  # 299 -> 149
         self.Conv2d_2a_3x3 = ConvNorm(32, 32, 3)
         self.Conv2d_2b_3x3 = ConvNorm(32, 64, 3, padding=1)                # 147, halved to 73
@@ -568,14 +570,14 @@ class ConvNorm(nn.Module):
 
 
 def load_inception(path="", device="cpu"):
-    """The file named, or INCEPTION in this folder or where torch.hub keeps it -> Inception in eval mode, and the hash of
-    its file. ValueError, with the place where it is published, if there is none."""
+    """The file named, or INCEPTION in this folder or where torch.hub keeps it -> Inception in eval mode, and the hash
+    of its file. ValueError, with the place where it is published, if there is none."""
     places = [path] if path else [INCEPTION, os.path.join(torch.hub.get_dir(), "checkpoints", INCEPTION)]
     path = next(filter(os.path.isfile, places), None)
     if path is None:
         raise ValueError(f"there is no file {' and no '.join(places)}; FID, sFID, IS, precision and recall need the "
-                         f"Inception weights published as {INCEPTION_URL} (95 MB; their SHA-256 begins with 6726825d): "
-                         f"fetch them, and pass --inception FILE unless they lie here")
+                         f"Inception weights published as {INCEPTION_URL} (95 MB; their SHA-256 begins with "
+                         f"{INCEPTION_HASH}): fetch them, and pass --inception FILE unless they lie here")
     net, digest = Inception(), data.file_hash(path)
     counters = {name: value for name, value in net.state_dict().items() if name.endswith("num_batches_tracked")}
     state, _ = data.weights_in(data.read_file(path), path)
@@ -619,7 +621,8 @@ def precision_recall(real, fake, k=3):
     centre = real.mean(0)                                                  # short vectors leave distances more digits
     real, fake = (real - centre).float(), (fake - centre).float()
     real_radii, fake_radii = (
-        torch.cat([d.topk(k + 1, largest=False).values[:, -1] for d in squared_distances(x, x)]) for x in (real, fake))
+        torch.cat([d.topk(min(k + 1, len(x)), largest=False).values[:, -1] for d in squared_distances(x, x)])
+        for x in (real, fake))                                             # the nearest of all is the point itself
     inside_real, inside_fake = torch.zeros(len(fake), dtype=torch.bool, device=fake.device), []
     for radii, d in zip(real_radii.split(ROWS), squared_distances(real, fake)):
         inside_real |= (d <= radii[:, None]).any(0)
@@ -704,12 +707,12 @@ def write_reference(path, found, header):
 
 
 def read_reference(path):
-    """Ours, ADM's, or any other .npz with mu and sigma -> what `statistics` gives, without what the file lacks, and the
-    header ({} where there is none). ValueError if it is missing, damaged or something else."""
+    """Ours, ADM's, or any other .npz with mu and sigma -> what `statistics` gives, as far as the file has it; our
+    header, or {}; does it hold images? ValueError if it is missing, damaged or something else."""
     if not os.path.isfile(path):
-        raise ValueError(f"there is no file {path}; make a reference with: python sample.py --reference DATA --out REF.npz")
+        raise ValueError(f"there is no file {path}; make a reference: python sample.py --reference DATA --out REF.npz")
     d, s = Inception.pooled, Inception.spatial
-    shapes = {"mu": (d,), "sigma": (d, d), "mu_s": (s,), "sigma_s": (s, s), "features": (-1, d)}
+    shapes, found, header = {"mu": (d,), "sigma": (d, d), "mu_s": (s,), "sigma_s": (s, s), "features": (-1, d)}, {}, {}
     try:
         if not zipfile.is_zipfile(path):
             raise ValueError("an .npz is a zip archive, and this is none")
@@ -717,48 +720,52 @@ def read_reference(path):
             if not {"mu", "sigma"} <= set(file.files):
                 raise ValueError(f"it has no mu and sigma; found: {', '.join(file.files)}"
                                  + (f"; make a reference of its images with --reference {path}" * ("arr_0" in file)))
-            found = {name: torch.from_numpy(file[name].reshape(shape)) for name, shape in shapes.items() if name in file}
-            header = json.loads(str(file["header"])) if "header" in file else {}
-            found["images"] = header.get("images")
-    except (ValueError, TypeError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+            for name in shapes.keys() & set(file.files):
+                found[name] = torch.from_numpy(file[name].reshape(shapes[name]))
+                if not found[name].isfinite().all():
+                    raise ValueError(f"{name} is not finite")
+            if "header" in file:
+                said = json.loads(str(file["header"]))
+                header = {name: said[name] for name in ("source", "images", "size", "inception", "arithmetic")}
+            return found, header, "arr_0" in file
+    except (ValueError, TypeError, KeyError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is no reference for --score, or is damaged ({data.reason(error)})") from None
-    return found, header
 
 
 class Scorer:
     """FID, sFID, IS, precision and recall against a reference. All processes take part; rank 0 has its numbers.
-    inception: as for load_inception. batch, workers: for the images of a reference that has no features (ADM's).
-    ValueError if the reference or the weights are missing or do not belong together."""
+    inception: as for load_inception. force: take a reference of fewer than 2048 images, too. batch, workers: for the
+    images of one without features (ADM's). ValueError if it or the weights are missing, or do not belong together."""
 
-    def __init__(self, reference, inception="", batch=64, workers=2):
-        self.inception, self.weights = load_inception(inception, default_device())
+    def __init__(self, reference, inception="", force=False, batch=64, workers=2):
+        self.path, (self.inception, self.weights) = reference, load_inception(inception, default_device())
 
         def read():
-            self.real, header = read_reference(reference)
-            with zipfile.ZipFile(reference) as file:
-                look = "features" not in self.real and "arr_0.npy" in file.namelist()
-            return header, data.file_hash(reference), look
+            self.real, header, pictured = read_reference(reference)
+            return header, data.file_hash(reference), pictured and "features" not in self.real
 
-        self.path, (self.header, self.digest, look) = reference, on_rank_0(read)
+        self.header, self.digest, pictured = on_rank_0(read)
         self.arithmetic = self.header.get("arithmetic", "fp32")            # both sides in the same
         if self.header.get("inception", self.weights) != self.weights:
-            raise ValueError(f"{reference} was made with other Inception weights ({self.header['inception']}) than those "
-                             f"given ({self.weights}); make it again, or pass its own as --inception")
-        if look:
+            raise ValueError(f"{reference} was made with other Inception weights ({self.header['inception']}) than "
+                             f"those given ({self.weights}); make it again, or pass its own as --inception")
+        check_number(self.header.get("images", math.inf), force, f"images in {reference}")
+        if pictured:
             images = data.open_pictures(reference)
             found = statistics(self.inception, read_share(images, batch, workers), len(images), self.arithmetic)
             if rank_and_size()[0] == 0:
                 self.real["features"] = found["features"]
 
     def check_size(self, size):
+        """ValueError if the images to be scored have another size than those of the reference."""
         theirs = self.header.get("size", size)
         if theirs != size:
             raise ValueError(f"the images are of {size} x {size} pixels, and {self.path} was made from {theirs} x "
                              f"{theirs}; scores across sizes say little: make a reference with --size {size}")
 
     def __call__(self, batches, n):
-        """batches: this process's share of n images, as for `statistics` -> {"images": how many, "fid", "is", and as far
-        as the reference goes "sfid", "precision", "recall"}, in all processes."""
+        """batches: this process's share of n images, as for `statistics` -> {"images": how many, "fid", "is", and as
+        far as the reference goes "sfid", "precision", "recall"}, in all processes."""
         fake = statistics(self.inception, batches, n, self.arithmetic)
         return on_rank_0(lambda: self.compare(fake))
 
@@ -776,13 +783,13 @@ class Scorer:
 
     def provenance(self):
         """What the numbers depend on beside the images."""
-        made = self.header and f"{self.header['images']} images of {self.header['source']}, {self.header['size']} x " \
-                               f"{self.header['size']}"
-        published = self.weights.startswith(INCEPTION[-12:-4])
-        return (f"against {self.path} ({self.digest}; {made or 'made elsewhere, from what it does not say'}); Inception "
-                f"{self.weights} in {self.arithmetic}, {RESIZE}"
-                + ("" if published else "; THESE ARE NOT THE PUBLISHED INCEPTION WEIGHTS: the scores are not meaningful, "
-                                        "and compare with nothing but others of the same file"))
+        made = ("{images} images of {source}, {size} x {size}".format(**self.header) if self.header
+                else "made elsewhere, it does not say from what")
+        said = f"against {self.path} ({self.digest}; {made}); Inception {self.weights} in {self.arithmetic}, {RESIZE}"
+        if not self.weights.startswith(INCEPTION_HASH):
+            said += ("; THESE ARE NOT THE PUBLISHED INCEPTION WEIGHTS: the scores are not meaningful, and compare with "
+                     "nothing but others of the same file")
+        return said
 
 
 def in_words(found):
@@ -792,14 +799,14 @@ def in_words(found):
     return ", ".join(form.format(found[name]) for name, form in forms.items() if name in found)
 
 
-def check_number(n, force):
-    """ValueError below 2048 images, the rank of a full covariance, unless forced; a warning below the usual 50,000."""
+def check_number(n, force, what="images"):
+    """ValueError below 2048 images, which a covariance of full rank takes, unless forced. A warning below 50,000."""
     if n < 2048 and not (force and n > 1):
-        raise ValueError(f"{n} images are too few for a score: FID needs 2048 or more, and papers use 50000; --force "
+        raise ValueError(f"{n} {what} are too few for a score: FID needs 2048 or more, and papers use 50000; --force "
                          f"scores them all the same, from 2")
     if n < 50_000 and rank_and_size()[0] == 0:
-        print(f"a FID of {n} images is higher than one of 50000, which papers use; compare it with none but those of as "
-              f"many", file=sys.stderr)
+        print(f"only {n} {what}: fewer than 50000, which papers use, make a FID higher; compare it with none but those "
+              f"of as many", file=sys.stderr)
 
 
 def read_share(dataset, batch, workers):
@@ -921,7 +928,7 @@ def score_images(args):
         raise ValueError("--images PATH also takes --score REF.npz, a reference")
     dataset = data.open_pictures(args.images, args.size)
     check_number(len(dataset), args.force)
-    scorer = Scorer(args.score, args.inception, args.batch, args.workers)
+    scorer = Scorer(args.score, args.inception, args.force, args.batch, args.workers)
     scorer.check_size(dataset.size)
     found = scorer(read_share(dataset, args.batch, args.workers), len(dataset))
     if rank_and_size()[0] == 0:
@@ -978,8 +985,8 @@ def main():
     parser.add_argument("--dir", metavar="DIR", help="a folder for one PNG each")
     parser.add_argument("--npz", metavar="FILE", help="as ADM's evaluator reads it: arr_0 uint8 NHWC, arr_1 labels")
     parser.add_argument("--gif", metavar="FILE", help=f"a film of the first {FILM} on their way from noise")
-    parser.add_argument("--score", metavar="REF|shapes", help="FID, sFID, IS, precision and recall against a reference; "
-                        "shapes: let a classifier, trained on the spot, name them")
+    parser.add_argument("--score", metavar="REF|shapes", help="FID, sFID, IS, precision and recall against a "
+                        "reference; shapes: let a classifier, trained on the spot, name them")
     parser.add_argument("--force", action="store_true", help="score fewer than 2048 images, too")
     parser.add_argument("--inception", metavar="FILE", default="",
                         help=f"the weights that scores look through (default: {INCEPTION}, here or in torch's cache)")
@@ -1021,6 +1028,7 @@ def bench(args, given):
 
 
 def run(args):
+    """The command with these flags."""
     given = {name: value for name, value in vars(args).items() if name in SAMPLING}
     for flag, least in [("n", 1), ("batch", 1), ("bench", 1), ("size", 1), ("seed", 0), ("workers", 0)]:
         if getattr(args, flag) is not None and getattr(args, flag) < least:
@@ -1028,15 +1036,23 @@ def run(args):
     reading = next((name for name in READING if getattr(args, name)), None)
     alien = args.given - set(READING[reading]) if reading else args.given & ONLY_READING
     if alien:
-        raise ValueError(f"{' and '.join(map(flag_of, sorted(alien)))} {'has' if len(alien) == 1 else 'have'} no meaning "
-                         + (f"with --{reading}; leave out" if reading else "without --images or --reference; leave out"))
-    if reading:
-        return make_reference(args) if args.reference else score_images(args)
-    if args.bench is not None:
-        return bench(args, given)
-    if not args.ckpt:
+        raise ValueError(f"{' and '.join(map(flag_of, sorted(alien)))} cannot be used "
+                         + (f"with --{reading}" if reading else "without --images or --reference"))
+    if args.reference:
+        make_reference(args)
+    elif args.images:
+        score_images(args)
+    elif args.bench is not None:
+        bench(args, given)
+    elif args.ckpt:
+        make_images(args, given)
+    else:
         raise ValueError("pass --ckpt FILE: a checkpoint (train.py writes last.pt into its folder), or published "
                          "weights")
+
+
+def make_images(args, given):
+    """--ckpt FILE: images, in all the forms asked for, and their score."""
     check_outputs(args)
     against = args.score if args.score != "shapes" else None
     if against:
@@ -1056,7 +1072,7 @@ def run(args):
                 "classes": classes, "vae_weights": data.file_hash(cfg.vae) if vae else ""}
 
     if args.out or args.dir or args.npz or args.score:
-        scorer = Scorer(against, args.inception, args.batch) if against else None
+        scorer = Scorer(against, args.inception, args.force, args.batch) if against else None
         if scorer:
             scorer.check_size(cfg.input_size * (vae.factor if vae else 1))
         with parts_folder(args, settings) as folder:
@@ -1064,24 +1080,24 @@ def run(args):
             found = scorer(share_of(folder, args.n), args.n) if scorer else None
             leave_processes()                                              # however long rank 0 takes to write
             if first:
-                write(args, cfg, folder, classes)
-            if first and args.score:
+                labels = labels_of(range(args.n), cfg, classes, args.seed)
+                write(args, cfg, folder, classes, labels)
                 if scorer:
-                    result, against = in_words(found), scorer.provenance()
-                else:
-                    share, real = recognised(np.concatenate(list(images_of(folder, args.n))),
-                                             labels_of(range(args.n), cfg, classes, args.seed))
+                    result, judge = in_words(found), scorer.provenance()
+                elif args.score:
+                    share, real = recognised(np.concatenate(list(images_of(folder, args.n))), labels)
                     result = f"{100 * share:.1f} % named right"
-                    against = f"by a classifier that names {100 * real:.1f} % of real shapes right"
-                made = (f"{model.provenance} ({settings()['weights']})" + (f" and {cfg.vae}" if vae else "")
-                        + (f" ({settings()['vae_weights']})" if vae else "") + f", {recipe(cfg, args.seed, classes)}")
-                print(f"{result}\n  {args.n} images by the {made}; {against}")
+                    judge = f"by a classifier that names {100 * real:.1f} % of real shapes right"
+                if args.score:
+                    vae_said = f" and {cfg.vae} ({settings()['vae_weights']})" if vae else ""
+                    print(f"{result}\n  {args.n} images by the {model.provenance} ({settings()['weights']}){vae_said}, "
+                          f"{recipe(cfg, args.seed, classes)}; {judge}")
     if args.gif and first:
         save_film(model, cfg, args.gif, min(args.n, FILM), vae, classes, args.seed)
         print(f"wrote {args.gif}")
 
 
-def write(args, cfg, folder, classes):
+def write(args, cfg, folder, classes, labels):
     """Make of the parts the files that were asked for."""
     if args.dir:
         Path(args.dir).mkdir(exist_ok=True)
@@ -1090,7 +1106,7 @@ def write(args, cfg, folder, classes):
     if args.out:
         data.save_grid(np.concatenate(list(images_of(folder, min(args.n, GRID)))), args.out, grid_columns(cfg, classes))
     if args.npz:
-        save_npz(folder, args.n, labels_of(range(args.n), cfg, classes, args.seed), args.npz)
+        save_npz(folder, args.n, labels, args.npz)
     for path in filter(None, (args.out, args.dir, args.npz)):
         print(f"wrote {path}")
 

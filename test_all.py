@@ -140,7 +140,8 @@ GOLDEN = {
               [1.423329, 2.754237, 0.047372, 20.780302, 10.607479, 27.968872, 22.199087, 5.353054, 5.464947]),
         logits=([0, 175, 438, 701, 876, 1227, 1402, 1752, 2015],
                 [26.054432, -18.220243, -1.470284, 12.334354, -16.44149, 2.942307, 12.527119, -22.804363, -0.694302])),
-    "scores": dict(frechet_distance=1.3586417134459232, precision=0.7125, recall=0.96875, inception_score=2.4097000334595173),
+    "scores": dict(frechet_distance=1.3586417134459232, precision=0.7125, recall=0.96875,
+        inception_score=2.4097000334595173),
     "resampler": {
         9: [0.0833333333333, 0.0833333333333, 0.0833333333333],
         10: [0.0828029310459, 0.0872663931284, 0.0665916639696, 0.0811833568096, 0.0919266938167,
@@ -2443,7 +2444,8 @@ def scores_said(said):
     """'FID 1.5, sFID 2, ...' -> {"fid": 1.5, ...}, and the line of provenance below."""
     lines = said.split("\n")
     at = next(k for k, line in enumerate(lines) if line.startswith("FID "))
-    return {word.lower(): float(value) for word, value in (part.split() for part in lines[at].split(", "))}, lines[at + 1]
+    found = dict(part.lower().split() for part in lines[at].split(", "))
+    return {name: float(value) for name, value in found.items()}, lines[at + 1]
 
 
 def save_images(path, n, size=32, seed=0, first=0):
@@ -2475,7 +2477,8 @@ def test_golden_scores():
     gold = GOLDEN["scores"]
     real = unit("f:fa", 64, 8) @ (torch.eye(8) + 0.3 * unit("f:fm", 8, 8) / math.sqrt(8))
     fake = 1.2 * unit("f:fb", 80, 8) + 0.1
-    close(sample.frechet_distance(real.mean(0), real.T.cov(), fake.mean(0), fake.T.cov()), gold["frechet_distance"], 1e-6)
+    found = sample.frechet_distance(real.mean(0), real.T.cov(), fake.mean(0), fake.T.cov())
+    close(found, gold["frechet_distance"], 1e-6)
     close(sample.precision_recall(real, fake), (gold["precision"], gold["recall"]), 1e-6)
     close(sample.inception_score(2 * unit("f:lg", 64, 20)), gold["inception_score"], 1e-6)
 
@@ -2489,20 +2492,23 @@ def test_frechet_distance_of_known_gaussians():
     close(sample.frechet_distance(*a, *b), expected, 1e-12)
     close(sample.frechet_distance(*(v.numpy() for v in b), *a), expected, 1e-12, "the other way round, from numpy")
     few = 100 * torch.randn(5, 40).double()
-    assert sample.frechet_distance(few.mean(0), few.T.cov(), few.mean(0), few.T.cov()) < 1e-8
-    close(sample.frechet_distance(few.mean(0), few.T.cov(), few.mean(0) + 1, few.T.cov()), 40, 1e-9, "moved by 1 each way")
+    mean, covariance = few.mean(0), few.T.cov()
+    assert sample.frechet_distance(mean, covariance, mean, covariance) < 1e-8
+    close(sample.frechet_distance(mean, covariance, mean + 1, covariance), 40, 1e-9, "moved by 1 in 40 directions")
 
 
 def test_inception_score_by_splits():
     sure = torch.eye(4).repeat(5, 1) * 100                                 # all four classes, each certain
     close(sample.inception_score(sure), 4, 1e-12)
     close(sample.inception_score(torch.zeros(7, 4)), 1, 1e-12, "no idea")
-    close(sample.inception_score(torch.cat([sure[:8], sure[:1].repeat(4, 1)]), split=8), (4 + 1) / 2, 1e-12, "a split each")
+    logits = torch.cat([sure[:8], sure[:1].repeat(4, 1)])                  # then but one class
+    close(sample.inception_score(logits, split=8), (4 + 1) / 2, 1e-12, "two splits")
 
 
 def test_precision_and_recall_equal_the_naive_form():
     def naive(real, fake, k):
-        inside = lambda x, y: (torch.cdist(y, x) <= torch.cdist(x, x).kthvalue(k + 1, dim=1).values).any(1).double().mean()
+        radii = lambda x: torch.cdist(x, x).kthvalue(k + 1, dim=1).values
+        inside = lambda x, y: (torch.cdist(y, x) <= radii(x)).any(1).double().mean()
         return inside(real, fake), inside(fake, real)
     torch.manual_seed(0)
     real, fake = 3 + torch.randn(70, 3).double(), 3.4 + 0.7 * torch.randn(50, 3).double()
@@ -2510,7 +2516,7 @@ def test_precision_and_recall_equal_the_naive_form():
     try:
         for sample.ROWS in (rows, 16, 1):                                  # a block of distances at a time
             for k in (1, 3):
-                close(sample.precision_recall(real, fake, k), naive(real, fake, k), 1e-12, f"{sample.ROWS} rows, k = {k}")
+                close(sample.precision_recall(real, fake, k), naive(real, fake, k), 1e-12, f"k = {k}")
     finally:
         sample.ROWS = rows
     copies = torch.cat([torch.randn(20, 2048) + 5] * 6)                    # balls of radius 0: fp32 must not miss them
@@ -2568,19 +2574,22 @@ def test_a_reference_scores_itself_perfectly():
                 "mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023), "features": (8, 2048),
                 "images": ()} and ref["sigma_s"].dtype == np.float64
             header = json.loads(str(ref["header"]))
-            assert (header["source"], header["images"], header["size"]) == (str(npz), 8, 32) and "bilinear" in header["resize"]
+            assert (header["source"], header["images"], header["size"]) == (str(npz), 8, 32)
+            assert "bilinear" in header["resize"] and header["inception"] == data.file_hash(inception[1])
             for i, image in enumerate(file["arr_0"]):
                 Image.fromarray(image).save(root / f"each/{i}.png")
                 out.write(root / f"each/{i}.png", f"{i}.png")
-        refused_below = ("--images", npz, "--score", root / "ref.npz", *inception)
-        complains(sample, *refused_below, words=["8 images are too few", "2048", "--force"])
+        score = ("--score", root / "ref.npz", *inception)
+        complains(sample, "--images", npz, *score, words=["8 images are too few", "2048", "--force"])
+        complains(sample, "--images", "shapes", *score, words=["8 images in", "ref.npz are too few", "--force"])
         for source in (npz, root / "each.zip"):
-            code, said = command(sample, "--images", source, "--score", root / "ref.npz", *inception, "--force", "--batch", 3)
-            assert code == 0 and "higher than one of 50000" in said, said
+            code, said = command(sample, "--images", source, *score, "--force", "--batch", 3)
+            assert code == 0 and "only 8 images" in said and "fewer than 50000" in said, said
             scores, provenance = scores_said(said)
-            assert scores["fid"] < 1e-2 and scores["sfid"] < 1e-2 and scores["precision"] == scores["recall"] == 1, scores
-            for words in (f"8 images of {source}", data.file_hash(root / "ref.npz"), "bilinear", data.file_hash(root / "i.pth"),
-                          "fp32", "NOT THE PUBLISHED"):
+            assert scores["fid"] < 1e-2 and scores["sfid"] < 1e-2, scores
+            assert scores["precision"] == scores["recall"] == 1, scores
+            for words in (f"8 images of {source}", data.file_hash(root / "ref.npz"), "bilinear",
+                          data.file_hash(root / "i.pth"), "fp32", "NOT THE PUBLISHED"):
                 assert words in provenance, (words, provenance)
 
 
@@ -2589,7 +2598,8 @@ def test_references_of_all_kinds():
     with small_inception() as root:
         weights = ("--inception", root / "inception.pth")
         npz, other = save_images(root / "a.npz", 30), save_images(root / "b.npz", 40, first=30)
-        score = lambda ref, *more: scores_said(command(sample, "--images", other, "--score", ref, "--force", *weights, *more)[1])
+        flags = lambda ref, *more: ("--images", other, "--score", ref, "--force", *weights, *more)
+        score = lambda *args: scores_said(command(sample, *flags(*args))[1])
         command(sample, "--reference", npz, "--out", root / "ref.npz", *weights)
         expected, _ = score(root / "ref.npz")
         with np.load(root / "ref.npz") as ref, np.load(npz) as images:
@@ -2602,7 +2612,7 @@ def test_references_of_all_kinds():
         assert scores == expected and "made elsewhere" in provenance
         assert score(root / "edm.npz")[0] == {"fid": expected["fid"], "is": expected["is"]}
 
-        no = lambda ref, *more, words: complains(sample, "--images", other, "--score", ref, "--force", *weights, *more, words=words)
+        no = lambda *args, words: complains(sample, *flags(*args), words=words)
         no(root / "none.npz", words=["no file", "none.npz", "--reference"])
         no(npz, words=["a.npz", "no mu and sigma", "--reference"])
         (root / "cut.npz").write_bytes((root / "ref.npz").read_bytes()[:3000])
@@ -2612,6 +2622,10 @@ def test_references_of_all_kinds():
         header = json.loads(str(ours["header"]))
         np.savez(root / "foreign.npz", **{**ours, "header": json.dumps({**header, "inception": "0" * 16})})
         no(root / "foreign.npz", words=["foreign.npz", "other Inception weights", "0" * 16])
+        np.savez(root / "nan.npz", **{**adm, "mu_s": np.full(6, np.nan)})
+        no(root / "nan.npz", words=["nan.npz", "mu_s is not finite"])
+        np.savez(root / "header.npz", **{**ours, "header": "{}"})
+        no(root / "header.npz", words=["header.npz", "is no reference"])
         no(root / "ref.npz", "--size", 64, words=["64 x 64", "32 x 32", "--size 64"])
         assert score(root / "ref.npz", "--size", 32)[0] == expected
 
@@ -2623,7 +2637,8 @@ def test_reading_images_to_score_them():
         make = lambda source, *more: (sample, "--reference", source, "--out", root / "out.npz", *weights, *more)
         images, _ = arrays_of(save_images(root / "a.npz", 5))
         dataset = data.open_dataset(root / "a.npz")
-        assert isinstance(dataset.images, np.memmap) and dataset.size == 32 and np.array_equal(dataset.read(3), images[3])
+        assert isinstance(dataset.images, np.memmap) and dataset.size == 32
+        assert np.array_equal(dataset.read(3), images[3])
         np.savez_compressed(root / "small.npz", arr_0=images)
         assert np.array_equal(data.open_dataset(root / "small.npz").read(3), images[3])
         np.savez(root / "fortran.npz", arr_0=np.asfortranarray(images))
@@ -2643,8 +2658,9 @@ def test_reading_images_to_score_them():
         complains(sample, "--reference", root / "mixed", words=["--out REF.npz"])
         complains(sample, "--reference", root / "mixed", "--out", root / "x.png", words=["x.png", ".npz"])
         complains(sample, "--images", root / "mixed", words=["--score"])
-        complains(sample, "--images", root / "mixed", "--score", "x", "--cfg", 3, "--n", 3, words=["--cfg and --n", "--images"])
-        complains(sample, "--ckpt", "x", "--bf16", words=["--bf16", "no meaning"])
+        complains(sample, "--images", root / "mixed", "--score", "x", "--cfg", 3, "--n", 3,
+                  words=["--cfg and --n cannot", "--images"])
+        complains(sample, "--ckpt", "x", "--bf16", words=["--bf16", "--reference"])
 
 
 def arrays_of(path):
@@ -2662,33 +2678,37 @@ def test_scores_of_samples_in_one_process_and_in_two():
         code, said = command(sample, *flags, "--force", "--npz", root / "made.npz")
         assert code == 0, said
         expected, provenance = scores_said(said)
-        for words in ("11 images by the EMA weights of", data.file_hash(path), "dpmpp, 3 steps, guidance 2", "classes 3,1",
-                      "seed 0", str(ref), data.file_hash(ref), "bilinear", data.file_hash(root / "inception.pth"), "fp32"):
+        for words in ("11 images by the EMA weights of", data.file_hash(path), "dpmpp, 3 steps, guidance 2", "seed 0",
+                      "classes 3,1", str(ref), data.file_hash(ref), "bilinear", data.file_hash(weights[1]), "fp32"):
             assert words in provenance, (words, provenance)
-        assert scores_said(command(sample, "--images", root / "made.npz", "--score", ref, "--force", *weights)[1])[0] == expected
+        images = ("--images", root / "made.npz", "--score", ref, *weights)
+        assert scores_said(command(sample, *images, "--force")[1])[0] == expected
         raw = scores_said(command(sample, *flags, "--force", "--raw", "--batch", 4)[1])
         assert "raw weights of" in raw[1] and raw[0] != expected
         port = str(free_port())
-        for more in (flags, ("--images", root / "made.npz", "--score", ref, *weights)):
-            pair = [launch("sample", *more, "--force", "--batch", 2, prepare=USE_SMALL_INCEPTION, MASTER_ADDR="127.0.0.1",
-                           MASTER_PORT=port, WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, stdout=subprocess.PIPE)
-                    for rank in ("0", "1")]
+        for more in (flags, images):
+            pair = [launch("sample", *more, "--force", "--batch", 2, prepare=USE_SMALL_INCEPTION,
+                           MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank,
+                           stdout=subprocess.PIPE) for rank in ("0", "1")]
             said = [process.communicate(timeout=60) for process in pair]
             assert all(process.returncode == 0 for process in pair) and "FID" not in said[1][0], said
             found = scores_said(said[0][0])[0]
             for name in expected:
                 close(found[name], expected[name], 1e-2 if more is flags else 1e-4, name)
-        complains(sample, "--ckpt", path, "--n", 11, "--force", "--score", root / "none.npz", *weights, words=["none.npz"])
+        complains(sample, "--ckpt", path, "--n", 11, "--force", "--score", root / "none.npz", *weights,
+                  words=["no file", "none.npz"])
 
 
 def test_without_inception_weights_the_rest_works():
     with checkpoint() as (root, path):
-        words = ["mseitzer/pytorch-fid/releases", "pt_inception-2015-12-05-6726825d.pth", "SHA-256", "6726825d", "--inception"]
+        words = ["mseitzer/pytorch-fid/releases", "pt_inception-2015-12-05-6726825d.pth",
+                 "SHA-256 begins with 6726825d", "--inception"]
         hub, torch.hub.get_dir = torch.hub.get_dir, lambda: str(root)
         try:
             complains(sample, "--ckpt", path, "--n", 2048, "--score", root / "ref.npz", words=words)
             complains(sample, "--reference", "shapes", "--out", root / "ref.npz", words=words)
-            complains(train, *TINY, "--out", root / "new", "--score-every", 1, "--score-ref", root / "ref.npz", words=words)
+            complains(train, *TINY, "--out", root / "new", "--score-every", 1, "--score-ref", root / "ref.npz",
+                      words=words)
             (root / "checkpoints").mkdir()
             inception_file(root / "checkpoints" / sample.INCEPTION)
             assert sample.load_inception()[1] == data.file_hash(root / "checkpoints" / sample.INCEPTION)
@@ -2705,10 +2725,12 @@ def scored_runs(root):
     """Ten steps of eight images, scored after 4 and 8 of them and at the end, as two micro-batches."""
     sample.Inception = SmallInception
     cfg = configs.config_from("shapes", dict(
-        hidden_size=32, depth=1, num_heads=2, batch_size=8, micro_batch=4, kimg=0.08, tick_kimg=0.016, steps=3, workers=0,
-        precision="fp32", lr=1e-2, score_every=0.032, score_n=70, score_ref=str(root / "ref.npz"),
+        hidden_size=32, depth=1, num_heads=2, batch_size=8, micro_batch=4, kimg=0.08, tick_kimg=0.016, steps=3,
+        workers=0, precision="fp32", lr=1e-2, score_every=0.032, score_n=70, score_ref=str(root / "ref.npz"),
         inception=str(root / "inception.pth")))
-    train_here(cfg, root / "run", sample.Scorer(cfg.score_ref, cfg.inception))
+    with contextlib.redirect_stderr(io.StringIO()):
+        scorer = sample.Scorer(cfg.score_ref, cfg.inception, force=True)
+    train_here(cfg, root / "run", scorer)
 
 
 def test_scores_while_training():
@@ -2717,14 +2739,17 @@ def test_scores_while_training():
     with small_inception() as root:
         command(sample, "--reference", save_images(root / "a.npz", 40), "--out", root / "ref.npz",
                 "--inception", root / "inception.pth")
-        flags = ("--score-every", 0.032, "--score-n", 70, "--score-ref", root / "ref.npz", "--lr", 0.01, "--precision", "fp32",
-                 "--inception", root / "inception.pth", "--force", "--sample-kimg", 1)
+        scored = ("--score-every", 0.032, "--score-n", 70, "--score-ref", root / "ref.npz",
+                  "--inception", root / "inception.pth", "--force")
+        flags = ("--lr", 0.01, "--precision", "fp32", *scored)
         whole = tiny_run(root / "whole", *flags)
         log = [json.loads(line) for line in (root / "whole/log.jsonl").read_text().splitlines()]
         scores = [entry for entry in log if "fid" in entry]
         assert log == whole["progress"]["log"] and [entry["step"] for entry in scores] == [4, 8, 10]
-        assert all(entry["images"] == 70 and "70 images by the EMA weights" in entry["score_of"]
-                   and data.file_hash(root / "ref.npz") in entry["score_of"] and 0 <= entry["recall"] <= 1 for entry in scores)
+        for entry in scores:
+            assert entry["images"] == 70 and 0 <= entry["recall"] <= 1 < entry["is"]
+            assert ("70 images by the EMA weights, dpmpp, 3 steps" in entry["score_of"]
+                    and data.file_hash(root / "ref.npz") in entry["score_of"])
         best = min(scores, key=lambda entry: entry["fid"])
         assert sample.read_checkpoint(root / "whole/best.pt")["step"] == best["step"]
         assert Image.open(root / "whole/loss.png").size == (1200, 1200)
@@ -2739,8 +2764,8 @@ def test_scores_while_training():
             if interrupted.asked == when:
                 stop.ask(signal.SIGTERM, None)
             return agree(stop, failed, device)
-        for when, step in ((4, 4), (5, 4), (6, 4), (16, 10)):              # with a step, and in a score: of the two questions
-            interrupted.asked, out = 0, root / f"stopped-{when}"           # after step 4, and the last after step 10
+        for when, step in ((4, 4), (5, 4), (6, 4), (16, 10)):              # asked at each step, and twice in each score
+            interrupted.asked, out = 0, root / f"stopped-{when}"
             try:
                 train.agree = interrupted
                 code, said = command(train, *TINY, "--out", out, "--kimg", 0.08, *flags)
@@ -2749,14 +2774,12 @@ def test_scores_while_training():
             assert code == 143 and "the same command goes on" in said, (code, said)
             assert sample.read_checkpoint(out / "last.pt")["step"] == step
             assert same(tiny_run(out, *flags)["progress"], whole["progress"]), when
-        late = tiny_run(root / "late")
-        assert not any("fid" in entry for entry in late["progress"]["log"])
-        assert tiny_run(root / "late", *[f for f in flags if f not in ("--lr", 0.01, "--precision", "fp32")])[
-            "progress"]["log"][-1]["step"] == 10, "a finished run is scored once it is asked for"
+        assert "fid" not in tiny_run(root / "late")["progress"]["log"][-1]
+        assert "fid" in tiny_run(root / "late", *scored)["progress"]["log"][-1], "a finished run, scored when asked for"
         no = lambda *more, words: complains(train, *TINY, "--out", root / "no", "--kimg", 0.08, *more, words=words)
         no("--score-every", 1, words=["--score-every 1", "--score-ref", "together"])
         no("--score-ref", "x", words=["--score-every", "together"])
-        no(*flags[:-3], words=["70 images are too few", "--force"])
+        no(*flags[:-1], words=["70 images are too few", "--force"])
         no(*flags, "--input-size", 16, words=["16 x 16", "32 x 32"])
 
 

@@ -348,7 +348,8 @@ def open_folder(out, cfg, overwrite):
         raise ValueError(f"--out {out} is a file; give a folder")
     if config.exists() and overwrite:
         for file in numbered(out) + [file for pattern in ("log.jsonl", "loss.png", "samples-*.png", "last.pt",
-                                                          "previous.pt", "best.pt", "config.json") for file in out.glob(pattern)]:
+                                                          "previous.pt", "best.pt", "config.json")
+                                          for file in out.glob(pattern)]:
             file.unlink()                                                  # config.json last: it marks the folder
     elif config.exists():
         try:
@@ -618,7 +619,7 @@ def train(cfg, dataset, out, weights=None, device=None, vae=None, scorer=None):
             found = score(trainer.ema.model, cfg, scorer, vae, stop, device)  # begins with it when it resumes
             if found is None:
                 return agree(stop, [], device)[0]
-            of = f"{cfg.score_n} images by the EMA weights, {sample.recipe(cfg, 0)}; {scorer.provenance()}"
+            of = f"{cfg.score_n} images by the EMA weights, {sample.recipe(cfg)}; {scorer.provenance()}"
             best = progress.add_score(step, found, of)
             sample.on_rank_0(lambda: save_checkpoint(out / "last.pt", cfg, step, trainer, progress,
                                                      out / "best.pt" if best else None))
@@ -764,7 +765,7 @@ def open_scorer(cfg, vae, force):
     if cfg.in_channels != 3 and not vae:
         raise ValueError("--score-every scores pictures, and this network makes latents; pass --vae FILE")
     sample.check_number(cfg.score_n, force)
-    scorer = sample.Scorer(cfg.score_ref, cfg.inception, workers=cfg.workers)
+    scorer = sample.Scorer(cfg.score_ref, cfg.inception, force, workers=cfg.workers)
     scorer.check_size(cfg.input_size * (vae.factor if vae else 1))
     return scorer
 
