@@ -108,9 +108,9 @@ class Config:
     save_kimg: float = 1000.0         # between checkpoints that stay; last.pt is written at these and at the grids
     keep: int = 0                     # how many of them stay, the newest; 0: all
     score_every: float = 0.0          # kimg between scores of EMA samples, FID and others; 0: none
-    score_n: int = 10_000             # images that a score goes by
-    score_ref: str = ""               # and what it compares them with: a reference made by sample.py, or ADM's
-    inception: str = ""               # file of the weights it looks through; "": by its published name
+    score_n: int = 10_000             # samples that a score compares
+    score_ref: str = ""               # with this reference, made by sample.py --reference, or ADM's
+    inception: str = ""               # file of Inception's weights; "": looked for by its published name
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -140,7 +140,8 @@ class Config:
             raise ValueError(f"--sample-kimg {self.sample_kimg} and --save-kimg {self.save_kimg} must be 1 or more: files "
                              f"are named by whole thousands of images")
         if bool(self.score_every) != bool(self.score_ref):
-            raise ValueError(f"--score-every {self.score_every:g} and --score-ref {self.score_ref or '(none)'} belong together; pass both")
+            raise ValueError(f"--score-every {self.score_every:g} needs --score-ref FILE, a reference" if self.score_every else
+                             f"--score-ref {self.score_ref} needs --score-every KIMG")
         if self.micro_batch and self.batch_size % self.micro_batch:
             raise ValueError(f"--micro-batch {self.micro_batch} does not divide --batch-size {self.batch_size}")
         for name in ("class_dropout_prob", "dropout", "beta2", "ema_decay"):

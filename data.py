@@ -196,6 +196,15 @@ def load_weights(model, state, path, assign=False):
     model.load_state_dict({name: state[name].to(own[name].dtype) for name in own}, assign=assign)
 
 
+def weights_hash(*modules):
+    """The first 16 digits of the SHA-256 of all that their state_dicts hold, as fp32."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for value in module.state_dict().values():
+            digest.update(value.float().cpu().contiguous().numpy())
+    return digest.hexdigest()[:16]
+
+
 def file_hash(path):
     """The first 16 digits of a file's SHA-256."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
@@ -226,11 +235,7 @@ class VAE(nn.Module):
 
     def fingerprint(self):
         """16 digits that tell which latents it makes: of its encoder, not its decoder, nor of the file it came in."""
-        digest = hashlib.sha256()
-        for part in (self.encoder, self.quant_conv):
-            for value in part.state_dict().values():
-                digest.update(value.float().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return weights_hash(self.encoder, self.quant_conv)
 
     @classmethod
     def latent(cls, mean, logvar, noise=0.0):
@@ -463,16 +468,17 @@ class Files(Pictures):
             raise ValueError(f"{path} holds no images ({' '.join(sorted(EXTENSIONS))}); --data takes {KINDS}")
         self.labels, self.class_names = self.find_labels("dataset.json" in found)
         if size is None:
-            self.size = self.only_size()
+            self.size = self.common_size()
 
-    def only_size(self):
-        """Of the first picture; the others are held to it."""
-        try:
-            with self.open(self.names[0]) as file:
+    def common_size(self):
+        """Of the first picture that can be read; the others are held to it."""
+        for name in self.names[:allowed(len(self.names)) + 1]:
+            size = None
+            with contextlib.suppress(Exception), self.open(name) as file:  # who reads them all will name it
                 size = decode(file).size
-        except Exception as error:
-            raise ValueError(f"{self.names[0]} in {self.path} cannot be read ({reason(error)})") from None
-        return square(*size, f"{self.names[0]} in {self.path}")
+            if size:
+                return square(*size, f"{name} in {self.path}")
+        raise ValueError(f"the first images in {self.path} cannot be read, {self.names[0]} and others")
 
     def find_labels(self, described):
         if described:
@@ -531,7 +537,7 @@ class Files(Pictures):
 
 def square(width, height, what):
     if width != height:
-        raise ValueError(f"{what} is {width} x {height} pixels, no square; pass --size to crop and resize all")
+        raise ValueError(f"{what} has {width} x {height} pixels and is not square; pass --size to crop and resize all")
     return width
 
 
@@ -540,7 +546,21 @@ class Arrays(Pictures):
 
     def __init__(self, images, labels, size=None, class_names=()):
         self.images, self.labels, self.class_names = images, labels, list(class_names)
-        self.size = size or square(images.shape[2], images.shape[1], "an image")
+        self.size = size or square(images.shape[2], images.shape[1], "each of these images")
+
+    def __getstate__(self):
+        """Of an array in a file, where it is: a worker maps it itself."""
+        a = self.images
+        if not isinstance(a, np.memmap):
+            return self.__dict__
+        order = "C" if a.flags.c_contiguous else "F"
+        return {**self.__dict__, "images": None, "mapped": (a.filename, a.dtype, "r", a.offset, a.shape, order)}
+
+    def __setstate__(self, state):
+        mapped = state.pop("mapped", None)
+        self.__dict__.update(state)
+        if mapped:
+            self.images = np.memmap(*mapped)
 
     def __len__(self):
         return len(self.images)
@@ -555,14 +575,18 @@ class Arrays(Pictures):
         return center_crop(Image.fromarray(image), self.size)
 
 
-def read_npz(path, size):
+def read_npz(path, size=None):
     if not zipfile.is_zipfile(path):
         raise zipfile.BadZipFile("an .npz is a zip archive, and this is none")
     with np.load(path, allow_pickle=False) as file:
         if "arr_0" not in file:
-            raise ValueError(f"{path} has no array arr_0 (found: {', '.join(file.files) or 'nothing'})")
-        images = mapped_array(path, "arr_0.npy")
-        images, labels = file["arr_0"] if images is None else images, file["arr_1"] if "arr_1" in file else None
+            raise ValueError(f"{path} has no array arr_0 (found: {', '.join(file.files[:10]) or 'nothing'})")
+        try:
+            images = mapped_array(path, "arr_0.npy")
+            images = file["arr_0"] if images is None else images
+            labels = file["arr_1"] if "arr_1" in file else None
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read ({reason(error)})") from None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
         raise ValueError(f"arr_0 in {path} is {images.dtype} {images.shape}, not uint8 (n, height, width, 3)")
     if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min() < 0):
@@ -572,7 +596,7 @@ def read_npz(path, size):
 
 
 def mapped_array(path, name):
-    """An array of an .npz, memory-mapped; None if it is compressed (np.savez does not), or no plain array."""
+    """An array of an .npz, memory-mapped; None if it is compressed (np.savez does not), damaged, or no plain array."""
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         entry = archive.getinfo(name)
         file.seek(entry.header_offset + 26)                                # 30 bytes; the last four are the lengths of
@@ -580,8 +604,9 @@ def mapped_array(path, name):
         file.seek(int(lengths.sum()), os.SEEK_CUR)
         if entry.compress_type != zipfile.ZIP_STORED or np.lib.format.read_magic(file) != (1, 0):
             return None
+        begins = file.tell() - 6 - 2                                       # before the magic string and the version
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        if dtype.hasobject or file.tell() + math.prod(shape) * dtype.itemsize > os.path.getsize(path):
+        if dtype.hasobject or file.tell() - begins + math.prod(shape) * dtype.itemsize != entry.file_size:
             return None
         return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
 

@@ -1,13 +1,16 @@
 """Generation from a checkpoint, `python sample.py --ckpt FILE`, and scores of what was generated.
 
-Image i follows from (seed, i) alone: its noise, first and last, comes from a generator of its own, and so does not
-change with the batch size, the number of images or the order in which they are made.
+In this order: the machine (processes, precision, speed; train.py uses it, too), networks from files, generation, many
+images in parts, the Inception network, scores, the command. Image i follows from (seed, i) alone: all of its noise
+comes from a generator of its own, and so does not change with the batch size, the number of images or the order in
+which they are made.
 """
 import contextlib
 import dataclasses
 import datetime
 import functools
 import gc
+import itertools
 import json
 import math
 import os
@@ -42,8 +45,8 @@ PATIENCE = datetime.timedelta(minutes=10)  # how long a process waits for anothe
 
 def run_command(parser, act, if_short_of_memory, if_others_are_lost):
     """What `python train.py` and `python sample.py` do: act(), in all processes that were started, with one sentence
-    and exit code 2 for what goes wrong; two of them end with the advice given. act -> the number of the signal that
-    ended it, or None."""
+    and exit code 2 for what goes wrong; lack of GPU memory and the loss of a process end with the caller's advice.
+    act -> the number of the signal that ended it, or None."""
     try:
         join_processes()
         stopped = act()
@@ -146,7 +149,7 @@ def fast_bf16(device):
     return torch.cpu._is_amx_tile_supported()
 
 
-def arithmetic(precision, device):
+def arithmetic_of(precision, device):
     """What --precision means on this device: bf16, fp16, tf32 or fp32."""
     if precision == "auto":
         return "bf16" if fast_bf16(device) else "fp32"
@@ -154,8 +157,9 @@ def arithmetic(precision, device):
 
 
 def autocast(precision, device):
-    """The context in which networks run. Parameters, sums and losses stay fp32."""
-    kind = arithmetic(precision, device)
+    """The context in which networks run. Parameters, sums and losses stay fp32. On CUDA it also says, for the whole
+    process, whether fp32 products may use tf32."""
+    kind = arithmetic_of(precision, device)
     if device.type == "cuda":                                              # fp32 products of 10 bits, or of all 23
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = kind == "tf32"
     return torch.autocast(device.type, torch.float16 if kind == "fp16" else torch.bfloat16, kind in ("bf16", "fp16"))
@@ -203,7 +207,7 @@ def speed(images_per_s, multiply_adds, cfg, device, size=1):
         peak = 10 * 2 * side ** 3 / (finished(device) - began) * size
     rate = 2 * multiply_adds * images_per_s
     return (f"{images_per_s:.1f} images/s, {rate / 1e12:.3g} TFLOP/s, {100 * rate / peak:.0f} % of the "
-            f"{peak / 1e12:.3g} TFLOP/s of a matrix product of {side} in {arithmetic(cfg.precision, device)}"
+            f"{peak / 1e12:.3g} TFLOP/s of a matrix product of {side} in {arithmetic_of(cfg.precision, device)}"
             f"{f' on {size} processes' if size > 1 else ''}, {peak_memory:.2f} GB")
 
 
@@ -246,9 +250,9 @@ def load_model(path, preset="", raw=False, device=None):
     elif preset:
         cfg = config_from(preset, {})
     else:
-        fits = [name for name in PRESETS if fit(weights, name)][:1]        # of several, the first is the released one
-        raise ValueError(f"{path} does not say which network it holds; pass --preset"
-                         + (f" {fits[0]}" if fits else ", though none of them has such weights"))
+        name = next((name for name in PRESETS if fits(weights, name)), None)  # of several, the released one
+        raise ValueError(f"{path} does not say which network it holds, and "
+                         + (f"fits --preset {name}; pass that" if name else "fits no preset; it cannot be sampled"))
     with torch.device("meta"):
         model = diffit.build(cfg)
     data.load_weights(model, weights, path, assign=True)
@@ -258,7 +262,7 @@ def load_model(path, preset="", raw=False, device=None):
     return model.to(device or default_device()).eval().requires_grad_(False), cfg
 
 
-def fit(weights, preset):
+def fits(weights, preset):
     """Are these the weights of the preset's network?"""
     with torch.device("meta"):
         model = diffit.build(PRESETS[preset])
@@ -286,6 +290,12 @@ def open_vae(cfg):
 # ---------------------------------------------------------------------------------------------
 # Generation
 
+# The fields of Config that a sampler goes by, and that may differ from those of training.
+SAMPLING = ["sampler", "steps", "eta", "churn", "churn_interval", "churn_noise", "clip",
+            "sigma_min", "sigma_max", "rho", "cfg", "cfg_schedule", "cfg_channels", "cfg_interval", "cfg_exact",
+            "vae", "precision"]
+
+
 def labels_of(indices, cfg, classes=None, seed=0):
     """The classes of the images with these indices, (n,) int64: in turn those named, or all of them, shuffled. None for
     networks without classes."""
@@ -298,7 +308,7 @@ def labels_of(indices, cfg, classes=None, seed=0):
 @torch.no_grad()
 def generate(model, cfg, indices, classes=None, seed=0, batch=64, process=None):
     """Make the images with these indices, as cfg's sampling fields say: yields x (b, C, H, W) fp32 and labels y (b,),
-    or None without classes. process: another than the one that cfg describes."""
+    or None without classes. process: in place of the one that cfg describes."""
     device, shape = next(model.parameters()).device, (cfg.in_channels, cfg.input_size, cfg.input_size)
     process = process or diffusion.build(cfg)
     levels, scale = process.levels(cfg.steps), cfg.cfg
@@ -340,13 +350,13 @@ def grid_columns(cfg, classes=None):
 
 
 def recipe(cfg, seed=0, classes=None):
-    """How images are sampled, in words; of what else SAMPLING has, that which is not as Config has it by itself."""
+    """In words: sampler, steps, guidance, and each other sampling field that differs from Config's default."""
     others = [name for name in SAMPLING if name not in ("sampler", "steps", "cfg", "vae", "precision")
               and getattr(cfg, name) != getattr(Config, name)]
     return ", ".join([cfg.sampler, f"{cfg.steps} steps", f"guidance {cfg.cfg:g}",
                       *(f"{name.replace('_', '-')} {getattr(cfg, name)}" for name in others),
                       *([f"classes {','.join(map(str, classes))}"] if classes else []), f"seed {seed}",
-                      f"in {arithmetic(cfg.precision, default_device())}"])
+                      f"in {arithmetic_of(cfg.precision, default_device())}"])
 
 
 def save_samples(model, cfg, path, vae=None):
@@ -390,7 +400,8 @@ def open_parts(folder, settings):
     """Make the folder, or accept the one that the same settings began (ValueError for others)."""
     said, note = json.dumps(settings, indent=1), folder / "settings.json"
     if folder.exists() and not note.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is where unfinished images would go, and holds something else; rename one of them")
+        raise ValueError(f"{folder} is where unfinished images would go, and holds something else; move it, or choose "
+                         f"another name")
     if note.exists() and note.read_text() != said:
         theirs = json.loads(note.read_text())
         differ = "; ".join(f"{name} is {theirs.get(name)} there and {value} here"
@@ -404,15 +415,21 @@ def open_parts(folder, settings):
 def stored(folder):
     """(first index, images (b, height, width, 3) uint8, memory-mapped) of each whole part, in order."""
     for file in sorted(folder.glob("[0-9]*.npy")):
-        with contextlib.suppress(ValueError, EOFError):                    # cut short: it will be made again
-            yield int(file.stem), np.load(file, mmap_mode="r")
+        try:
+            images = np.load(file, mmap_mode="r")
+        except (ValueError, EOFError):                                     # cut short: it will be made again
+            continue
+        yield int(file.stem), images
 
 
 def missing(folder, n, batch):
     """The spans [(first, end)] of at most `batch` images that no part holds yet, of 0 to n."""
-    ends = [(first, first + len(images)) for first, images in stored(folder)] + [(n, n)]
-    gaps = zip([0] + [end for _, end in ends], (min(first, n) for first, _ in ends))
-    return [(k, min(k + batch, high)) for low, high in gaps for k in range(low, high, batch)]
+    spans, at = [], 0
+    for first, end in [*((first, first + len(images)) for first, images in stored(folder)), (n, n)]:
+        high = min(first, n)
+        spans += [(k, min(k + batch, high)) for k in range(at, high, batch)]
+        at = end
+    return spans
 
 
 def make_parts(model, cfg, vae, folder, n, classes=None, seed=0, batch=64):
@@ -420,43 +437,36 @@ def make_parts(model, cfg, vae, folder, n, classes=None, seed=0, batch=64):
     def left():
         return sum(end - first for first, end in missing(folder, n, n))
 
-    (rank, size), began, start = rank_and_size(), left(), time.time()
-    batch = min(batch, max(1, math.ceil(began / size)))
+    (rank, size), todo, start = rank_and_size(), left(), time.time()
+    batch = min(batch, max(1, math.ceil(todo / size)))
     for first, end in on_rank_0(lambda: missing(folder, n, batch))[rank::size]:
         (x, _), = generate(model, cfg, range(first, end), classes, seed, batch)
         with data.written_whole(folder / f"{first:08}.npy") as temporary, open(temporary, "wb") as file:
             np.save(file, pixels(x, cfg, vae))
         if rank == 0:
-            made = began - left()
-            data.live_line(f"{n - began + made} of {n} images, {made / (time.time() - start):.2f} images/s")
-    while left():                                                          # however long the others take
+            now = left()
+            data.live_line(f"{n - now} of {n} images, {(todo - now) / (time.time() - start):.2f} images/s")
+    while left():                                                          # asking the others would end after PATIENCE
         time.sleep(0.5)
     objects_from_all(None)
     if rank == 0:
         data.live_line("\n")
 
 
-def share_of(folder, n):
-    """This process's share of the first n images of the folder, as `statistics` takes it."""
-    rank, size = rank_and_size()
+def made(folder, n, rank=0, size=1):
+    """The first n images of the folder, or this process's share of them: (indices, images (b, height, width, 3) uint8)
+    of each part."""
     for first, images in [part for part in stored(folder) if part[0] < n][rank::size]:
         yield range(first, min(n, first + len(images))), np.array(images[:n - first])
-
-
-def images_of(folder, n):
-    """The first n images of the folder, a part at a time."""
-    for first, images in stored(folder):
-        if first < n:
-            yield np.array(images[:n - first])
 
 
 def save_npz(folder, n, labels, path):
     """As ADM's evaluator reads it, arr_0 (n, height, width, 3) uint8 and arr_1 (n,), without holding it in memory."""
     with data.written_whole(path) as temporary, zipfile.ZipFile(temporary, "w") as out:
         with out.open("arr_0.npy", "w", force_zip64=True) as file:
-            shape = (n, *next(images_of(folder, n)).shape[1:])
+            shape = (n, *next(made(folder, n))[1].shape[1:])
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            for images in images_of(folder, n):
+            for _, images in made(folder, n):
                 file.write(images.tobytes())
         if labels is not None:
             with out.open("arr_1.npy", "w") as file:
@@ -469,14 +479,60 @@ def save_npz(folder, n, labels, path):
 INCEPTION_HASH = "6726825d"           # how the SHA-256 of the published file begins
 INCEPTION = f"pt_inception-2015-12-05-{INCEPTION_HASH}.pth"
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}"
-RESIZE = "bilinear to 299 x 299 (half-pixel centres, no antialiasing)"
+RESIZES = {"pytorch": "resized as in pytorch-fid (bilinear to 299, half-pixel centres)",
+           "tensorflow": "resized as in TensorFlow 1 (bilinear to 299, corners as centres)"}
+
+
+class ConvNorm(nn.Module):
+    """ReLU(BatchNorm(Conv(x)))"""
+
+    def __init__(self, before, width, kernel, stride=1, padding=0):
+        super().__init__()
+        self.conv = nn.Conv2d(before, width, kernel, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(width, eps=1e-3)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+
+class Mixed(nn.Module):
+    """Branches side by side, joined along the channels; branch_pool begins with the pool. Each is a chain of
+    convolutions (width, kernel), the last of which may be two beside each other, (width, kernel, kernel):
+    branch3x3=[(384, 1), (384, (1, 3), (3, 1))] makes branch3x3_1, then branch3x3_2a and branch3x3_2b. Where the pool
+    halves the resolution, so does the last convolution of each chain, and what is pooled joins as it is."""
+
+    def __init__(self, before, pool, **branches):
+        super().__init__()
+        self.pool, self.halves, self.branches = pool, pool.stride == 2, {}
+        for branch, chain in branches.items():
+            width, names = before, []
+            for k, (out, *kernels) in enumerate(chain, 1):
+                halves = self.halves and k == len(chain)
+                number = f"_{k}" if len(chain) > 1 else ""
+                for letter, kernel in zip("ab" if len(kernels) == 2 else [""], kernels):
+                    h, w = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+                    names.append(f"{branch}{number}{letter}")
+                    self.add_module(names[-1], ConvNorm(width, out, (h, w), 2 if halves else 1,
+                                                        0 if halves else (h // 2, w // 2)))
+                width = out
+            self.branches[branch] = names[:-len(kernels)], names[-len(kernels):]
+
+    def forward(self, x):
+        joined = []
+        for branch, (chain, ends) in self.branches.items():
+            h = self.pool(x) if branch == "branch_pool" else x
+            for name in chain:
+                h = getattr(self, name)(h)
+            joined += [getattr(self, name)(h) for name in ends]
+        return torch.cat(joined + [self.pool(x)] if self.halves else joined, dim=1)
 
 
 class Inception(nn.Module):
     """Inception-v3 as the first FID had it (Szegedy et al. 2016, Heusel et al. 2017), with the names of its published
     weights: average pools that leave out the padding, a max pool in the last block, 1008 classes.
     pixels (B, 3, H, W) from 0 to 255 -> pooled features (B, 2048) for FID, IS, precision and recall, and the spatial
-    ones (B, 2023) of sFID: 7 channels of 17 x 17 places, ordered as ADM's (place, channel)."""
+    ones (B, 2023) of sFID: 7 channels of 17 x 17 places, ordered as ADM's (place, channel). resize: one of RESIZES; the
+    evaluators of ADM and EDM follow TensorFlow, those who followed pytorch-fid its own."""
     pooled, spatial = 2048, 7 * 17 * 17
 
     def __init__(self):
@@ -498,28 +554,28 @@ class Inception(nn.Module):
             return Mixed(before, pool, branch1x1=[(320, 1)], branch3x3=[(384, 1), (384, (1, 3), (3, 1))],
                          branch3x3dbl=[(448, 1), (384, 3), (384, (1, 3), (3, 1))], branch_pool=[(192, 1)])
 
-        self.Conv2d_1a_3x3 = ConvNorm(3, 32, 3, stride=2)                  # 299 -> 149
+        self.Conv2d_1a_3x3 = ConvNorm(3, 32, 3, stride=2)
         self.Conv2d_2a_3x3 = ConvNorm(32, 32, 3)
-        self.Conv2d_2b_3x3 = ConvNorm(32, 64, 3, padding=1)                # 147, halved to 73
+        self.Conv2d_2b_3x3 = ConvNorm(32, 64, 3, padding=1)
         self.Conv2d_3b_1x1 = ConvNorm(64, 80, 1)
-        self.Conv2d_4a_3x3 = ConvNorm(80, 192, 3)                          # 71, halved to 35
+        self.Conv2d_4a_3x3 = ConvNorm(80, 192, 3)
         self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = mixed_5(192, 32), mixed_5(256, 64), mixed_5(288, 64)
-        self.Mixed_6a = Mixed(288, halve, branch3x3=[(384, 3)], branch3x3dbl=[(64, 1), (96, 3), (96, 3)])  # 17
+        self.Mixed_6a = Mixed(288, halve, branch3x3=[(384, 3)], branch3x3dbl=[(64, 1), (96, 3), (96, 3)])
         self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = map(mixed_6, (128, 160, 160, 192))
-        self.Mixed_7a = Mixed(768, halve, branch3x3=[(192, 1), (320, 3)],  # 8
+        self.Mixed_7a = Mixed(768, halve, branch3x3=[(192, 1), (320, 3)],
                               branch7x7x3=[(192, 1), (192, row), (192, column), (192, 3)])
         self.Mixed_7b, self.Mixed_7c = mixed_7(1280, average), mixed_7(2048, largest)
         self.fc = nn.Linear(2048, 1008)
 
-    def forward(self, x):
-        x = F.interpolate(x.float() / 127.5 - 1, (299, 299), mode="bilinear", align_corners=False)
-        x = self.halve(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))))
-        x = self.halve(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))
-        x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))
+    def forward(self, x, resize="pytorch"):
+        x = resized(x.float(), resize)
+        x = self.halve(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))))  # (B, 64, 73, 73)
+        x = self.halve(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))          # (B, 192, 35, 35)
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))                 # (B, 288, 35, 35)
+        x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))                 # (B, 768, 17, 17)
         spatial = self.Mixed_6d.branch1x1(x)[:, :7].permute(0, 2, 3, 1).flatten(1)
-        x = self.Mixed_6e(self.Mixed_6d(x))
-        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))
+        x = self.Mixed_6e(self.Mixed_6d(x))                                # (B, 768, 17, 17)
+        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))                 # (B, 2048, 8, 8)
         return x.float().mean((2, 3)), spatial.float()
 
     def logits(self, features):
@@ -527,62 +583,30 @@ class Inception(nn.Module):
         return features @ self.fc.weight.T
 
 
-class Mixed(nn.Module):
-    """Branches side by side, joined along the channels. Each is a chain of convolutions (width, kernel), the last of
-    which may be two, (width, kernel, kernel); branch_pool begins with the pool. Where that halves the resolution, so do
-    the last convolutions, and what is pooled joins as it is."""
-
-    def __init__(self, before, pool, **branches):
-        super().__init__()
-        self.pool, self.halves, self.branches = pool, pool.stride == 2, {}
-        for branch, chain in branches.items():
-            width, names = before, []
-            for k, (out, *kernels) in enumerate(chain, 1):
-                halves, number = self.halves and k == len(chain), f"_{k}" if len(chain) > 1 else ""
-                for letter, kernel in zip("ab" if len(kernels) == 2 else [""], kernels):
-                    h, w = kernel if isinstance(kernel, tuple) else (kernel, kernel)
-                    names.append(f"{branch}{number}{letter}")
-                    self.add_module(names[-1], ConvNorm(width, out, (h, w), 2 if halves else 1,
-                                                        0 if halves else (h // 2, w // 2)))
-                width = out
-            self.branches[branch] = names[:-len(kernels)], names[-len(kernels):]
-
-    def forward(self, x):
-        joined = []
-        for branch, (chain, ends) in self.branches.items():
-            h = self.pool(x) if branch == "branch_pool" else x
-            for name in chain:
-                h = getattr(self, name)(h)
-            joined += [getattr(self, name)(h) for name in ends]
-        return torch.cat(joined + [self.pool(x)] if self.halves else joined, dim=1)
-
-
-class ConvNorm(nn.Module):
-    """ReLU(BatchNorm(Conv(x)))"""
-
-    def __init__(self, before, width, kernel, stride=1, padding=0):
-        super().__init__()
-        self.conv = nn.Conv2d(before, width, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(width, eps=1e-3)
-
-    def forward(self, x):
-        return F.relu(self.bn(self.conv(x)), inplace=True)
+def resized(x, resize):
+    """Pixels (B, 3, H, W) from 0 to 255 -> what Inception takes, (B, 3, 299, 299), about [-1, 1]."""
+    if resize == "pytorch":
+        return F.interpolate(x / 127.5 - 1, (299, 299), mode="bilinear", align_corners=False)
+    i = torch.arange(299, device=x.device)
+    rows, columns = ((2 * i * side / 299 + 1) / side - 1 for side in x.shape[2:])  # i side / 299, for grid_sample
+    grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1).expand(len(x), -1, -1, -1)
+    return F.grid_sample((x - 128) / 128, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def load_inception(path="", device="cpu"):
-    """The file named, or INCEPTION in this folder or where torch.hub keeps it -> Inception in eval mode, and the hash
-    of its file. ValueError, with the place where it is published, if there is none."""
+    """The file named, or INCEPTION in the working directory or where torch.hub keeps it -> Inception in eval mode, and
+    the hash of its file. ValueError, with the place where it is published, if there is none."""
     places = [path] if path else [INCEPTION, os.path.join(torch.hub.get_dir(), "checkpoints", INCEPTION)]
     path = next(filter(os.path.isfile, places), None)
     if path is None:
         raise ValueError(f"there is no file {' and no '.join(places)}; FID, sFID, IS, precision and recall need the "
                          f"Inception weights published as {INCEPTION_URL} (95 MB; their SHA-256 begins with "
                          f"{INCEPTION_HASH}): fetch them, and pass --inception FILE unless they lie here")
-    net, digest = Inception(), data.file_hash(path)
+    net, (state, _) = Inception(), data.weights_in(data.read_file(path), path)
     counters = {name: value for name, value in net.state_dict().items() if name.endswith("num_batches_tracked")}
-    state, _ = data.weights_in(data.read_file(path), path)
     data.load_weights(net, {**counters, **state}, path)                    # the published file has no counters
-    return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), digest
+    net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return net, data.file_hash(path)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -601,33 +625,17 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
         return vectors * values.clamp(min=0).sqrt()
 
     trace = sigma1.trace() + sigma2.trace() - 2 * torch.linalg.svdvals(root(sigma1).T @ root(sigma2)).sum()
-    return max(0.0, ((mu1 - mu2).square().sum() + trace).item())
+    return max(((mu1 - mu2).square().sum() + trace).item(), 0.0)           # not below 0 by rounding; nan stays nan
 
 
 def inception_score(logits, split=5000):
-    """exp(E KL(p(y|x) || p(y))) (Salimans et al. 2016), the mean over splits of so many images, in turn. logits (n,
-    classes)."""
-    found = []
+    """exp(E KL(p(y|x) || p(y))) (Salimans et al. 2016), the mean over consecutive splits of `split` images. logits (n,
+    classes), in float64."""
+    values = []
     for part in torch.as_tensor(logits, dtype=torch.float64).split(split):
         p = part.softmax(1)
-        found.append((p * (part.log_softmax(1) - p.mean(0).log())).sum(1).mean().exp().item())
-    return sum(found) / len(found)
-
-
-def precision_recall(real, fake, k=3):
-    """Improved precision and recall (Kynkäänniemi et al. 2019): the share of fake features inside any of the balls
-    around real ones that reach to the k-th nearest real neighbour, and the share of real ones inside those around
-    fake. real (n, d), fake (m, d), on the device that is to do it; in fp32, a block of distances at a time."""
-    centre = real.mean(0)                                                  # short vectors leave distances more digits
-    real, fake = (real - centre).float(), (fake - centre).float()
-    real_radii, fake_radii = (
-        torch.cat([d.topk(min(k + 1, len(x)), largest=False).values[:, -1] for d in squared_distances(x, x)])
-        for x in (real, fake))                                             # the nearest of all is the point itself
-    inside_real, inside_fake = torch.zeros(len(fake), dtype=torch.bool, device=fake.device), []
-    for radii, d in zip(real_radii.split(ROWS), squared_distances(real, fake)):
-        inside_real |= (d <= radii[:, None]).any(0)
-        inside_fake.append((d <= fake_radii).any(1))
-    return inside_real.double().mean().item(), torch.cat(inside_fake).double().mean().item()
+        values.append((p * (part.log_softmax(1) - p.mean(0).log())).sum(1).mean().exp().item())
+    return sum(values) / len(values)
 
 
 ROWS = 512                            # of distances at a time: 100 MB for 50,000 columns
@@ -642,12 +650,32 @@ def squared_distances(a, b):
         yield d.masked_fill_(d < 1e-5 * sums, 0)
 
 
+def precision_recall(real, fake, k=3):
+    """Improved precision and recall (Kynkäänniemi et al. 2019). Around each real point lies a ball that reaches to its
+    k-th nearest real neighbour; precision is the share of fake points inside any of them, recall the same with real
+    and fake exchanged. real (n, d), fake (m, d), on the device that is to do it, in fp32 -> precision, recall."""
+    centre = real.mean(0)                                                  # |a|^2 + |b|^2 - 2ab then loses fewer digits
+    real, fake = (real - centre).float(), (fake - centre).float()
+
+    def squared_radii(x):                                                  # the nearest of all is the point itself
+        return torch.cat([d.topk(min(k + 1, len(x)), largest=False).values[:, -1] for d in squared_distances(x, x)])
+
+    real_radii, fake_radii = squared_radii(real), squared_radii(fake)
+    inside_real, inside_fake = torch.zeros(len(fake), dtype=torch.bool, device=fake.device), []
+    for radii, d in zip(real_radii.split(ROWS), squared_distances(real, fake)):
+        inside_real |= (d <= radii[:, None]).any(0)
+        inside_fake.append((d <= fake_radii).any(1))
+    return inside_real.double().mean().item(), torch.cat(inside_fake).double().mean().item()
+
+
 class Moments:
     """Mean and covariance of vectors (b, d) that come a batch at a time, by their number, sum and sum of products, in
     float64."""
 
     def __init__(self, d, device):
-        self.n, self.sum, self.products = (torch.zeros(s, dtype=torch.float64, device=device) for s in ((), d, (d, d)))
+        self.n = torch.zeros((), dtype=torch.float64, device=device)
+        self.sum = torch.zeros(d, dtype=torch.float64, device=device)
+        self.products = torch.zeros(d, d, dtype=torch.float64, device=device)
 
     def add(self, x):
         x = x.double()
@@ -656,7 +684,7 @@ class Moments:
         self.products.addmm_(x.T, x)
 
     def over_all_processes(self):
-        """-> mean (d,), covariance (d, d), number."""
+        """-> mean (d,), covariance (d, d), number. Once only: afterwards each process holds the sums of all."""
         if rank_and_size()[1] > 1:
             for part in (self.n, self.sum, self.products):
                 dist.all_reduce(part)
@@ -664,46 +692,58 @@ class Moments:
         return mean.cpu(), ((self.products - self.n * mean[:, None] * mean) / (self.n - 1)).cpu(), int(self.n)
 
 
-KEPT = 50_000                         # features kept for precision, recall and IS at the most, evenly over the images
+KEPT = 50_000                         # features kept for IS, precision and recall at the most, of images drawn by lot
 
 
-def statistics(inception, batches, n, arithmetic="fp32"):
-    """What scores go by. batches: this process's share of n images, [(indices, images (b, H, W, 3) uint8)] -> of the
-    images of all processes together {"mu", "sigma", "mu_s", "sigma_s": mean and covariance of pooled and of spatial
-    features, float64; "images": how many; "features" (KEPT at most, 2048), fp32, in order; on rank 0 alone}."""
-    device, (rank, size), count, start = inception.fc.weight.device, rank_and_size(), max(n, KEPT), time.time()
+def counted(n):
+    """n images, in words."""
+    return f"{n} images" + (f" (IS, precision and recall of {KEPT} of them)" if n > KEPT else "")
+
+
+def statistics(inception, batches, n, arithmetic="fp32", resize="pytorch"):
+    """What the scores compare. batches: this process's share of n images, [(indices, images (b, H, W, 3) uint8)] -> of
+    those of all processes together a dict, in the float64 that they are summed in:
+        mu (2048,), sigma (2048, 2048)       mean and covariance of the pooled features
+        mu_s (2023,), sigma_s (2023, 2023)   and of the spatial ones
+        images                               their number
+        features (KEPT at most, 2048)        pooled, fp32, in order of their indices; on rank 0 alone"""
+    (rank, size), start, seen = rank_and_size(), time.time(), 0
+    device = inception.fc.weight.device
     pooled, spatial = Moments(inception.pooled, device), Moments(inception.spatial, device)
-    kept, features = [], []
+    kept, features, drawn = [], [], np.zeros(n, dtype=bool)
+    drawn[np.random.default_rng(0).permutation(n)[:KEPT]] = True           # by lot: classes may come in turn
     for indices, images in batches:
         with torch.no_grad(), autocast(arithmetic, device):
-            found = inception(torch.from_numpy(images).to(device).permute(0, 3, 1, 2))
-        pooled.add(found[0])
-        spatial.add(found[1])
-        here = [k for k, i in enumerate(indices) if (i + 1) * KEPT // count > i * KEPT // count]
+            found, found_s = inception(torch.from_numpy(images).to(device).permute(0, 3, 1, 2), resize)
+        pooled.add(found)
+        spatial.add(found_s)
+        here = [k for k, i in enumerate(indices) if drawn[i]]
         kept += [indices[k] for k in here]
-        features.append(found[0][here].cpu())
-        if rank == 0:
-            done = min(n, int(pooled.n) * size)
+        features.append(found[here].cpu())
+        seen += len(images)
+        if rank == 0:                                                      # as if the others were as far
+            done = min(n, seen * size)
             data.live_line(f"{done} of {n} images seen by Inception, {done / (time.time() - start):.1f} images/s")
     (mu, sigma, images), (mu_s, sigma_s, _) = pooled.over_all_processes(), spatial.over_all_processes()
-    found = {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s, "images": images}
+    stats = {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s, "images": images}
     if size > 1:
         parts = [None] * size if rank == 0 else None
         dist.gather_object((kept, features), parts)
-        kept, features = map(lambda lists: sum(lists, []), zip(*parts)) if rank == 0 else ([], [])
+        if rank == 0:
+            kept, features = ([item for part in column for item in part] for column in zip(*parts))
     if rank == 0:
         data.live_line("\n")
-        found["features"] = torch.cat(features)[np.argsort(kept)]
-    return found
+        stats["features"] = torch.cat(features)[np.argsort(kept)]
+    return stats
 
 
 REFERENCE = "diffit reference 1"
 
 
-def write_reference(path, found, header):
-    """What `statistics` found and what it was made from, with the names that ADM's evaluator reads."""
+def write_reference(path, stats, header):
+    """What `statistics` gave, with the names that it has in ADM's files, and what it was made from."""
     with data.written_whole(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, header=json.dumps({"format": REFERENCE, **header}), **found)
+        np.savez(file, header=json.dumps({"format": REFERENCE, **header}), **stats)
 
 
 def read_reference(path):
@@ -712,111 +752,127 @@ def read_reference(path):
     if not os.path.isfile(path):
         raise ValueError(f"there is no file {path}; make a reference: python sample.py --reference DATA --out REF.npz")
     d, s = Inception.pooled, Inception.spatial
-    shapes, found, header = {"mu": (d,), "sigma": (d, d), "mu_s": (s,), "sigma_s": (s, s), "features": (-1, d)}, {}, {}
+    expected = {"mu": (d,), "sigma": (d, d), "mu_s": (s,), "sigma_s": (s, s), "features": (-1, d)}
+    stats, header = {}, {}
     try:
         if not zipfile.is_zipfile(path):
             raise ValueError("an .npz is a zip archive, and this is none")
         with np.load(path, allow_pickle=False) as file:
             if not {"mu", "sigma"} <= set(file.files):
-                raise ValueError(f"it has no mu and sigma; found: {', '.join(file.files)}"
-                                 + (f"; make a reference of its images with --reference {path}" * ("arr_0" in file)))
-            for name in shapes.keys() & set(file.files):
-                found[name] = torch.from_numpy(file[name].reshape(shapes[name]))
-                if not found[name].isfinite().all():
+                advice = f"; make a reference of its images with --reference {path}" if "arr_0" in file else ""
+                raise ValueError(f"it has no mu and sigma; found: {', '.join(file.files[:10])}{advice}")
+            for name in expected.keys() & set(file.files):
+                stats[name] = torch.from_numpy(file[name].reshape(expected[name]))
+                if not stats[name].isfinite().all():
                     raise ValueError(f"{name} is not finite")
             if "header" in file:
-                said = json.loads(str(file["header"]))
-                header = {name: said[name] for name in ("source", "images", "size", "inception", "arithmetic")}
-            return found, header, "arr_0" in file
-    except (ValueError, TypeError, KeyError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+                header = json.loads(str(file["header"]))
+                missing = {"format", "source", "images", "size", "inception", "arithmetic", "resize"} - set(header)
+                if (missing or header["format"] != REFERENCE or header["resize"] not in RESIZES
+                        or not all(type(header[name]) is int for name in ("images", "size"))):
+                    raise ValueError(f"its header is not of the format {REFERENCE!r}")
+            return stats, header, "arr_0" in file
+    except (ValueError, TypeError, RuntimeError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is no reference for --score, or is damaged ({data.reason(error)})") from None
 
 
-class Scorer:
-    """FID, sFID, IS, precision and recall against a reference. All processes take part; rank 0 has its numbers.
-    inception: as for load_inception. force: take a reference of fewer than 2048 images, too. batch, workers: for the
-    images of one without features (ADM's). ValueError if it or the weights are missing, or do not belong together."""
-
-    def __init__(self, reference, inception="", force=False, batch=64, workers=2):
-        self.path, (self.inception, self.weights) = reference, load_inception(inception, default_device())
-
-        def read():
-            self.real, header, pictured = read_reference(reference)
-            return header, data.file_hash(reference), pictured and "features" not in self.real
-
-        self.header, self.digest, pictured = on_rank_0(read)
-        self.arithmetic = self.header.get("arithmetic", "fp32")            # both sides in the same
-        if self.header.get("inception", self.weights) != self.weights:
-            raise ValueError(f"{reference} was made with other Inception weights ({self.header['inception']}) than "
-                             f"those given ({self.weights}); make it again, or pass its own as --inception")
-        check_number(self.header.get("images", math.inf), force, f"images in {reference}")
-        if pictured:
-            images = data.open_pictures(reference)
-            found = statistics(self.inception, read_share(images, batch, workers), len(images), self.arithmetic)
-            if rank_and_size()[0] == 0:
-                self.real["features"] = found["features"]
-
-    def check_size(self, size):
-        """ValueError if the images to be scored have another size than those of the reference."""
-        theirs = self.header.get("size", size)
-        if theirs != size:
-            raise ValueError(f"the images are of {size} x {size} pixels, and {self.path} was made from {theirs} x "
-                             f"{theirs}; scores across sizes say little: make a reference with --size {size}")
-
-    def __call__(self, batches, n):
-        """batches: this process's share of n images, as for `statistics` -> {"images": how many, "fid", "is", and as
-        far as the reference goes "sfid", "precision", "recall"}, in all processes."""
-        fake = statistics(self.inception, batches, n, self.arithmetic)
-        return on_rank_0(lambda: self.compare(fake))
-
-    def compare(self, fake):
-        real, device, found = self.real, default_device(), {"images": fake["images"]}
-        found["fid"] = frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])
-        if "mu_s" in real:
-            found["sfid"] = frechet_distance(real["mu_s"], real["sigma_s"], fake["mu_s"], fake["sigma_s"])
-        with autocast("fp32", device):
-            features = fake["features"].to(device)
-            found["is"] = inception_score(self.inception.logits(features).cpu())
-            if "features" in real:
-                found["precision"], found["recall"] = precision_recall(real["features"].to(device), features)
-        return found
-
-    def provenance(self):
-        """What the numbers depend on beside the images."""
-        made = ("{images} images of {source}, {size} x {size}".format(**self.header) if self.header
-                else "made elsewhere, it does not say from what")
-        said = f"against {self.path} ({self.digest}; {made}); Inception {self.weights} in {self.arithmetic}, {RESIZE}"
-        if not self.weights.startswith(INCEPTION_HASH):
-            said += ("; THESE ARE NOT THE PUBLISHED INCEPTION WEIGHTS: the scores are not meaningful, and compare with "
-                     "nothing but others of the same file")
-        return said
-
-
-def in_words(found):
-    """The scores in one line."""
-    forms = {"fid": "FID {:.4f}", "sfid": "sFID {:.4f}", "is": "IS {:.3f}", "precision": "precision {:.4f}",
-             "recall": "recall {:.4f}"}
-    return ", ".join(form.format(found[name]) for name, form in forms.items() if name in found)
-
-
 def check_number(n, force, what="images"):
-    """ValueError below 2048 images, which a covariance of full rank takes, unless forced. A warning below 50,000."""
+    """ValueError below 2048 images, which a covariance of full rank takes, unless forced."""
     if n < 2048 and not (force and n > 1):
-        raise ValueError(f"{n} {what} are too few for a score: FID needs 2048 or more, and papers use 50000; --force "
-                         f"scores them all the same, from 2")
+        raise ValueError(f"{n} {what} are too few for a score: FID needs 2048 or more, and papers use 50000; pass "
+                         f"--force to score them anyway (2 at least)")
+
+
+def warn_of_number(n, what="images"):
     if n < 50_000 and rank_and_size()[0] == 0:
-        print(f"only {n} {what}: fewer than 50000, which papers use, make a FID higher; compare it with none but those "
-              f"of as many", file=sys.stderr)
+        print(f"only {n} {what}: fewer than the 50000 of papers raise FID; compare it only with scores of as many",
+              file=sys.stderr)
 
 
 def read_share(dataset, batch, workers):
     """This process's share of the pictures of a data set, as `statistics` takes it."""
     rank, size = rank_and_size()
-    unreadable = data.Unreadable(dataset)
-    for indices, images, bad in data.Reader.batches(dataset, range(rank, len(dataset), size), batch, workers):
+    mine = range(rank, len(dataset), size)
+    unreadable = data.Unreadable(mine)
+    for indices, images, bad in data.Reader.batches(dataset, mine, batch, workers):
         unreadable.add([why for _, *why in bad])
         if images:
             yield indices, np.stack(images)
+
+
+class Scorer:
+    """FID, sFID, IS, precision and recall against a reference: all processes look at their share of the images, and
+    rank 0, which has the reference's numbers, compares. inception: as for load_inception. force: accept fewer than 2048
+    images. batch, workers: for the images of a reference without features (ADM's). ValueError if the reference or the
+    weights are missing, or do not belong together."""
+
+    def __init__(self, reference, inception="", force=False, batch=64, workers=2):
+        self.path, self.force = reference, force
+        self.inception, self.inception_hash = load_inception(inception, default_device())
+
+        def read():
+            self.real, header, pictured = read_reference(reference)
+            return header, data.file_hash(reference), pictured and "features" not in self.real
+
+        self.header, self.hash, needs_features = on_rank_0(read)
+        self.arithmetic = self.header.get("arithmetic", "fp32")            # both sides by the same
+        self.resize = self.header.get("resize", "tensorflow")
+        self.size, self.made = self.header.get("size"), "made elsewhere, taken to be with TensorFlow"
+        if self.header:
+            images, source = counted(self.header["images"]), self.header["source"]
+            self.made = f"made of {images} of {source}, {self.size} x {self.size}"
+        if self.header.get("inception", self.inception_hash) != self.inception_hash:
+            raise ValueError(f"{reference} was made with other Inception weights ({self.header['inception']}) than "
+                             f"those given ({self.inception_hash}); make it again, or pass its own as --inception")
+        check_number(self.header.get("images", math.inf), force, f"images in {reference}")
+        if needs_features:
+            images = data.read_npz(reference)
+            stats = self.look(read_share(images, batch, workers), len(images))
+            self.size, self.made = images.size, f"{self.made}; precision and recall by its {len(images)} images"
+            if rank_and_size()[0] == 0:
+                self.real["features"] = stats["features"]
+
+    def check_size(self, size):
+        """ValueError if the images to be scored have another size than those of the reference."""
+        if self.size not in (None, size):
+            raise ValueError(f"the images have {size} x {size} pixels, and those of {self.path} {self.size} x "
+                             f"{self.size}; scores across sizes say little: make a reference with --size {size}")
+
+    def look(self, batches, n):
+        """This process's share of n images, as for `statistics` -> what that gives for the images of all processes."""
+        stats = statistics(self.inception, batches, n, self.arithmetic, self.resize)
+        check_number(stats["images"], self.force)                          # some may have been unreadable
+        return stats
+
+    def compare(self, fake):
+        """On rank 0: what `look` gave -> {"fid", "is", and as far as the reference goes "sfid", "precision",
+        "recall"}."""
+        real, device, scores = self.real, default_device(), {}
+        scores["fid"] = frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])
+        if "mu_s" in real:
+            scores["sfid"] = frechet_distance(real["mu_s"], real["sigma_s"], fake["mu_s"], fake["sigma_s"])
+        with autocast("fp32", device):                                     # without tf32: distances need all digits
+            features = fake["features"].to(device)
+            scores["is"] = inception_score(self.inception.logits(features).cpu())
+            if "features" in real:
+                scores["precision"], scores["recall"] = precision_recall(real["features"].to(device), features)
+        return scores
+
+    def provenance(self):
+        """What the numbers depend on beside the images."""
+        said = (f"against {self.path} ({self.hash}; {self.made}); Inception {self.inception_hash} in "
+                f"{self.arithmetic}, {RESIZES[self.resize]}")
+        if not self.inception_hash.startswith(INCEPTION_HASH):
+            said += ("; THESE ARE NOT THE PUBLISHED INCEPTION WEIGHTS: the scores are not meaningful, and compare with "
+                     "nothing but others of the same file")
+        return said
+
+
+def in_words(scores):
+    """In one line."""
+    forms = {"fid": "FID {:.4f}", "sfid": "sFID {:.4f}", "is": "IS {:.3f}", "precision": "precision {:.4f}",
+             "recall": "recall {:.4f}"}
+    return ", ".join(form.format(scores[name]) for name, form in forms.items() if name in scores)
 
 
 def recognised(images, labels):
@@ -864,10 +920,6 @@ def shape_classifier(size, seed=0):
 
 GRID = 400                            # images that a grid shows at the most
 FILM = 20                             # and a film
-# The fields of Config that a sampler goes by, and that may differ from those of training.
-SAMPLING = ["sampler", "steps", "eta", "churn", "churn_interval", "churn_noise", "clip",
-            "sigma_min", "sigma_max", "rho", "cfg", "cfg_schedule", "cfg_channels", "cfg_interval", "cfg_exact",
-            "vae", "precision"]
 
 
 def parse_classes(text, cfg):
@@ -886,14 +938,20 @@ def parse_classes(text, cfg):
     return classes
 
 
+def parts_of(args):
+    """The folder of parts beside the .npz, or the folder, that they become; None where neither is asked for."""
+    lasting = args.npz or args.dir
+    return Path(f"{lasting.rstrip('/')}.parts") if lasting else None
+
+
 def check_outputs(args):
     """Before the work: every place that is to be written can be, and holds nothing yet, unless this is the same run
     going on. Fills in args.out."""
     going_on = parts_of(args) and (parts_of(args) / "settings.json").exists()
     if args.reference and not args.out:
-        raise ValueError("--reference DATA also takes --out REF.npz, the file to write")
+        raise ValueError("--reference DATA needs --out REF.npz, the file to write")
     if not (args.out or args.dir or args.npz or args.gif or args.score):
-        names = (f"samples{k}.png" for k in [""] + [f"-{k}" for k in range(2, 10_000)])
+        names = itertools.chain(["samples.png"], (f"samples-{k}.png" for k in itertools.count(2)))
         args.out = next(name for name in names if not os.path.exists(name))
     pictures = (".npz",) if args.reference else (".png", ".jpg", ".webp")
     for flag, path, endings in [("--out", args.out, pictures), ("--npz", args.npz, (".npz",)),
@@ -907,48 +965,13 @@ def check_outputs(args):
             raise ValueError(f"{flag} {path}: the folder {Path(path).parent} does not exist; make it first")
 
 
-def make_reference(args):
-    """--reference DATA --out REF.npz"""
-    check_outputs(args)
-    inception, weights = load_inception(args.inception, default_device())
-    dataset, arithmetic = data.open_pictures(args.reference, args.size), "bf16" if args.bf16 else "fp32"
-    start = time.time()
-    found = statistics(inception, read_share(dataset, args.batch, args.workers), len(dataset), arithmetic)
-    if rank_and_size()[0] == 0:
-        write_reference(args.out, found, {"source": args.reference, "images": found["images"], "size": dataset.size,
-                                          "inception": weights, "arithmetic": arithmetic, "resize": RESIZE})
-        print(f"wrote {args.out}: of {found['images']} images of {dataset.size} x {dataset.size}, the features of "
-              f"{len(found['features'])}; Inception {weights} in {arithmetic}, "
-              f"{found['images'] / (time.time() - start):.1f} images/s")
-
-
-def score_images(args):
-    """--images PATH --score REF"""
-    if args.score in (None, "shapes"):
-        raise ValueError("--images PATH also takes --score REF.npz, a reference")
-    dataset = data.open_pictures(args.images, args.size)
-    check_number(len(dataset), args.force)
-    scorer = Scorer(args.score, args.inception, args.force, args.batch, args.workers)
-    scorer.check_size(dataset.size)
-    found = scorer(read_share(dataset, args.batch, args.workers), len(dataset))
-    if rank_and_size()[0] == 0:
-        print(f"{in_words(found)}\n  {found['images']} images of {args.images}, {dataset.size} x {dataset.size}; "
-              f"{scorer.provenance()}")
-
-
-def parts_of(args):
-    """The folder of parts beside the .npz, or the folder, that they become; None where neither is asked for."""
-    lasting = args.npz or args.dir
-    return Path(f"{lasting.rstrip('/')}.parts") if lasting else None
-
-
 @contextlib.contextmanager
 def parts_folder(args, settings):
     """Where the parts go until all that was asked for is whole. With --npz or --dir it stays after a kill, so that the
-    same command goes on; else it does not outlast this run. settings() -> what the images depend on."""
+    same command goes on; else it does not outlast this run. settings: what the images depend on."""
     folder, first = parts_of(args), rank_and_size()[0] == 0
     if folder:
-        on_rank_0(lambda: open_parts(folder, settings()))
+        on_rank_0(lambda: open_parts(folder, settings))
         yield folder
         if first:                                                          # settings.json last: it marks the folder
             for file in [*folder.glob("*.npy"), *folder.glob(".*.tmp"), folder / "settings.json"]:
@@ -963,46 +986,106 @@ def parts_folder(args, settings):
             shutil.rmtree(folder)
 
 
-# The flags of the two commands that make no images; those that only they take.
-READING = {"reference": ["reference", "out", "inception", "size", "batch", "workers", "bf16"],
-           "images": ["images", "score", "inception", "size", "batch", "workers", "force"]}
-ONLY_READING = {"size", "workers", "bf16"}
+def write(args, cfg, folder, classes, labels):
+    """Make of the parts the files that were asked for."""
+    if args.dir:
+        Path(args.dir).mkdir(exist_ok=True)
+        for indices, images in made(folder, args.n):
+            for i, image in zip(indices, images):
+                data.save_image(Image.fromarray(image), f"{args.dir}/{i:06d}.png")
+    if args.out:
+        images = np.concatenate([images for _, images in made(folder, min(args.n, GRID))])
+        data.save_grid(images, args.out, grid_columns(cfg, classes))
+    if args.npz:
+        save_npz(folder, args.n, labels, args.npz)
+    for path in filter(None, (args.out, args.dir, args.npz)):
+        print(f"wrote {path}")
 
 
-def main():
-    parser = Parser(prog="sample.py", description="Make images from a checkpoint of train.py, or from published "
-                                                  "weights, and score them; or score others.")
-    parser.add_argument("--ckpt", metavar="FILE", help="a checkpoint of train.py, or published weights")
-    parser.add_argument("--preset", default="", help="the network, for published weights and for --bench alone")
-    parser.add_argument("--bench", type=int, nargs="?", const=3, metavar="N",
-                        help="only time N batches (default 3), with --ckpt or with the untrained network of --preset")
-    parser.add_argument("--n", type=int, default=64, help="how many images")
-    parser.add_argument("--classes", metavar="207,360|all", help="classes, in turn (default: all, shuffled)")
-    parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone")
-    parser.add_argument("--batch", type=int, default=64, help="images at a time")
-    parser.add_argument("--raw", action="store_true", help="the optimizer's weights instead of their moving average")
-    parser.add_argument("--out", metavar="PNG", help=f"a grid of the first {GRID} (default samples.png)")
-    parser.add_argument("--dir", metavar="DIR", help="a folder for one PNG each")
-    parser.add_argument("--npz", metavar="FILE", help="as ADM's evaluator reads it: arr_0 uint8 NHWC, arr_1 labels")
-    parser.add_argument("--gif", metavar="FILE", help=f"a film of the first {FILM} on their way from noise")
-    parser.add_argument("--score", metavar="REF|shapes", help="FID, sFID, IS, precision and recall against a "
-                        "reference; shapes: let a classifier, trained on the spot, name them")
-    parser.add_argument("--force", action="store_true", help="score fewer than 2048 images, too")
-    parser.add_argument("--inception", metavar="FILE", default="",
-                        help=f"the weights that scores look through (default: {INCEPTION}, here or in torch's cache)")
-    parser.add_argument("--images", metavar="PATH", help=f"score these, and make none: {data.KINDS}")
-    parser.add_argument("--reference", metavar="DATA", help="make a reference for --score of these, in --out REF.npz")
-    parser.add_argument("--size", type=int, help="crop and resize --images or --reference as training would "
-                                                 "(default: they all have one size)")
-    parser.add_argument("--bf16", action="store_true", help="a reference, and all scores against it, in bf16: about "
-                                                            "three times as fast, and not comparable with others")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read --images or --reference")
-    parser.add_config(SAMPLING)
-    args = parser.parse_args()
-    args.given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # as Ctrl-C: leave nothing behind
-    run_command(parser, lambda: run(args), f"pass a --batch below {args.batch}",
-                "with --npz or --dir, the same command goes on")
+def make_images(args, given):
+    """--ckpt FILE: images, in all the forms asked for, and their score."""
+    check_outputs(args)
+    reference = args.score if args.score != "shapes" else None
+    if reference:
+        check_number(args.n, args.force)
+        warn_of_number(args.n)
+    first = rank_and_size()[0] == 0
+    lasting = first and (args.dir or args.npz or args.score)
+    weights_hash = data.file_hash(args.ckpt) if lasting and os.path.isfile(args.ckpt) else ""
+    model, cfg = load_model(args.ckpt, args.preset, args.raw)
+    cfg = dataclasses.replace(cfg, **given)
+    vae = open_vae(cfg)
+    vae_hash = data.file_hash(cfg.vae) if lasting and vae else ""
+    if args.score == "shapes" and cfg.num_classes != 10:
+        raise ValueError(f"--score shapes needs a network with the ten classes of shapes; {args.ckpt} has "
+                         f"{cfg.num_classes}")
+    classes = parse_classes(args.classes, cfg) if args.classes else None
+    settings = {**dataclasses.asdict(cfg), "weights": weights_hash, "raw": args.raw, "seed": args.seed,
+                "classes": classes, "vae_weights": vae_hash}
+
+    if args.out or args.dir or args.npz or args.score:
+        scorer = None
+        if reference:
+            scorer = Scorer(reference, args.inception, args.force, args.batch, args.workers)
+            scorer.check_size(cfg.input_size * (vae.factor if vae else 1))
+        with parts_folder(args, settings) as folder:
+            make_parts(model, cfg, vae, folder, args.n, classes, args.seed, args.batch)
+            stats = scorer.look(made(folder, args.n, *rank_and_size()), args.n) if scorer else None
+            leave_processes()                                              # what rank 0 still has to do may take long
+            if first:
+                labels = labels_of(range(args.n), cfg, classes, args.seed)
+                if scorer:
+                    result, judge = in_words(scorer.compare(stats)), scorer.provenance()
+                elif args.score:
+                    images = np.concatenate([images for _, images in made(folder, args.n)])
+                    share, real = recognised(images, labels)
+                    result = f"{100 * share:.1f} % named right"
+                    judge = f"by a classifier that names {100 * real:.1f} % of real shapes right"
+                if args.score:
+                    decoder = f" and {cfg.vae} ({vae_hash})" if vae else ""
+                    n = counted(stats["images"]) if scorer else f"{args.n} images"
+                    print(f"{result}\n  {n} by the {model.provenance} ({weights_hash}){decoder}, "
+                          f"{recipe(cfg, args.seed, classes)}; {judge}", flush=True)
+                write(args, cfg, folder, classes, labels)
+    if args.gif and first:
+        save_film(model, cfg, args.gif, min(args.n, FILM), vae, classes, args.seed)
+        print(f"wrote {args.gif}")
+
+
+def make_reference(args):
+    """--reference DATA --out REF.npz: write the reference. ValueError if DATA are no pictures."""
+    check_outputs(args)
+    inception, inception_hash = load_inception(args.inception, default_device())
+    dataset, precision = data.open_pictures(args.reference, args.size), "bf16" if args.bf16 else "fp32"
+    start = time.time()
+    images = read_share(dataset, args.batch, args.workers)
+    stats = statistics(inception, images, len(dataset), precision, args.resize)
+    n = stats["images"]
+    check_number(n, force=True)
+    warn_of_number(n)
+    if rank_and_size()[0] == 0:
+        source = args.reference + (" (cropped and resized)" if args.size else "")
+        write_reference(args.out, stats, {"source": source, "images": n, "size": dataset.size,
+                                          "inception": inception_hash, "arithmetic": precision, "resize": args.resize})
+        print(f"wrote {args.out}: statistics of {n} images ({dataset.size} x {dataset.size}), features of "
+              f"{len(stats['features'])}; Inception {inception_hash} in {precision}, {RESIZES[args.resize]}, "
+              f"{n / (time.time() - start):.1f} images/s")
+
+
+def score_images(args):
+    """--images PATH --score REF: print the scores. ValueError if PATH holds no pictures, or others than REF."""
+    if args.score in (None, "shapes"):
+        raise ValueError("--images PATH needs --score REF.npz (make one with --reference)")
+    dataset = data.open_pictures(args.images, args.size)
+    check_number(len(dataset), args.force)
+    warn_of_number(len(dataset))
+    scorer = Scorer(args.score, args.inception, args.force, args.batch, args.workers)
+    scorer.check_size(dataset.size)
+    stats, first = scorer.look(read_share(dataset, args.batch, args.workers), len(dataset)), rank_and_size()[0] == 0
+    leave_processes()                                                      # comparing may take rank 0 some minutes
+    if first:
+        print(f"{in_words(scorer.compare(stats))}\n  {counted(stats['images'])} of {args.images}, "
+              f"{'cropped and resized to ' if args.size else ''}{dataset.size} x {dataset.size}; {scorer.provenance()}")
 
 
 def bench(args, given):
@@ -1027,22 +1110,33 @@ def bench(args, given):
           f"{sum(calls) / n:.1f} passes an image: {speed(n / seconds, sum(calls) / n * measure(cfg)[1], cfg, device)}")
 
 
+# What the three commands that make no images take.
+OTHER_COMMANDS = {"reference": ["reference", "out", "inception", "batch", "workers", "size", "bf16", "resize"],
+                  "images": ["images", "score", "force", "inception", "batch", "workers", "size"],
+                  "bench": ["bench", "ckpt", "preset", "raw", "batch", *SAMPLING]}
+
+
 def run(args):
     """The command with these flags."""
     given = {name: value for name, value in vars(args).items() if name in SAMPLING}
     for flag, least in [("n", 1), ("batch", 1), ("bench", 1), ("size", 1), ("seed", 0), ("workers", 0)]:
         if getattr(args, flag) is not None and getattr(args, flag) < least:
-            raise ValueError(f"--{flag} {getattr(args, flag)}: give a number from {least}")
-    reading = next((name for name in READING if getattr(args, name)), None)
-    alien = args.given - set(READING[reading]) if reading else args.given & ONLY_READING
-    if alien:
-        raise ValueError(f"{' and '.join(map(flag_of, sorted(alien)))} cannot be used "
-                         + (f"with --{reading}" if reading else "without --images or --reference"))
-    if args.reference:
+            raise ValueError(f"--{flag} {getattr(args, flag)} must be {least} or more")
+    other = next((name for name in OTHER_COMMANDS if name in args.given), None)
+    if other:
+        wrong, where = args.given - set(OTHER_COMMANDS[other]), f"with --{other}"
+    elif args.given & {"size", "bf16", "resize"}:
+        wrong, where = args.given & {"size", "bf16", "resize"}, "without --images or --reference"
+    else:
+        scored = args.score not in (None, "shapes")
+        wrong, where = set() if scored else args.given & {"force", "inception", "workers"}, "without --score REF"
+    if wrong:
+        raise ValueError(f"{' and '.join(map(flag_of, sorted(wrong)))} cannot be used {where}")
+    if other == "reference":
         make_reference(args)
-    elif args.images:
+    elif other == "images":
         score_images(args)
-    elif args.bench is not None:
+    elif other == "bench":
         bench(args, given)
     elif args.ckpt:
         make_images(args, given)
@@ -1051,64 +1145,43 @@ def run(args):
                          "weights")
 
 
-def make_images(args, given):
-    """--ckpt FILE: images, in all the forms asked for, and their score."""
-    check_outputs(args)
-    against = args.score if args.score != "shapes" else None
-    if against:
-        check_number(args.n, args.force)
-    model, cfg = load_model(args.ckpt, args.preset, args.raw)
-    cfg = dataclasses.replace(cfg, **given)
-    vae = open_vae(cfg)
-    if args.score == "shapes" and cfg.num_classes != 10:
-        raise ValueError(f"--score shapes needs a network with the ten classes of shapes; {args.ckpt} has "
-                         f"{cfg.num_classes}")
-    classes = parse_classes(args.classes, cfg) if args.classes else None
-    first = rank_and_size()[0] == 0
-
-    @functools.cache
-    def settings():
-        return {**dataclasses.asdict(cfg), "weights": data.file_hash(args.ckpt), "raw": args.raw, "seed": args.seed,
-                "classes": classes, "vae_weights": data.file_hash(cfg.vae) if vae else ""}
-
-    if args.out or args.dir or args.npz or args.score:
-        scorer = Scorer(against, args.inception, args.force, args.batch) if against else None
-        if scorer:
-            scorer.check_size(cfg.input_size * (vae.factor if vae else 1))
-        with parts_folder(args, settings) as folder:
-            make_parts(model, cfg, vae, folder, args.n, classes, args.seed, args.batch)
-            found = scorer(share_of(folder, args.n), args.n) if scorer else None
-            leave_processes()                                              # however long rank 0 takes to write
-            if first:
-                labels = labels_of(range(args.n), cfg, classes, args.seed)
-                write(args, cfg, folder, classes, labels)
-                if scorer:
-                    result, judge = in_words(found), scorer.provenance()
-                elif args.score:
-                    share, real = recognised(np.concatenate(list(images_of(folder, args.n))), labels)
-                    result = f"{100 * share:.1f} % named right"
-                    judge = f"by a classifier that names {100 * real:.1f} % of real shapes right"
-                if args.score:
-                    vae_said = f" and {cfg.vae} ({settings()['vae_weights']})" if vae else ""
-                    print(f"{result}\n  {args.n} images by the {model.provenance} ({settings()['weights']}){vae_said}, "
-                          f"{recipe(cfg, args.seed, classes)}; {judge}")
-    if args.gif and first:
-        save_film(model, cfg, args.gif, min(args.n, FILM), vae, classes, args.seed)
-        print(f"wrote {args.gif}")
-
-
-def write(args, cfg, folder, classes, labels):
-    """Make of the parts the files that were asked for."""
-    if args.dir:
-        Path(args.dir).mkdir(exist_ok=True)
-        for i, image in enumerate(image for images in images_of(folder, args.n) for image in images):
-            data.save_image(Image.fromarray(image), f"{args.dir}/{i:06d}.png")
-    if args.out:
-        data.save_grid(np.concatenate(list(images_of(folder, min(args.n, GRID)))), args.out, grid_columns(cfg, classes))
-    if args.npz:
-        save_npz(folder, args.n, labels, args.npz)
-    for path in filter(None, (args.out, args.dir, args.npz)):
-        print(f"wrote {path}")
+def main():
+    parser = Parser(prog="sample.py", description="Make images from a checkpoint of train.py, or from published "
+                                                  "weights, and score them; or score others.")
+    parser.add_argument("--ckpt", metavar="FILE", help="a checkpoint of train.py, or published weights")
+    parser.add_argument("--preset", default="", help="the network, for published weights and for --bench alone")
+    parser.add_argument("--bench", type=int, nargs="?", const=3, metavar="N",
+                        help="only time N batches (default 3), with --ckpt or with the untrained network of --preset")
+    parser.add_argument("--n", type=int, default=64, help="how many images")
+    parser.add_argument("--classes", metavar="207,360|all", help="classes, in turn (default: all, shuffled)")
+    parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone")
+    parser.add_argument("--batch", type=int, default=64, help="images at a time")
+    parser.add_argument("--raw", action="store_true", help="the optimizer's weights instead of their moving average")
+    parser.add_argument("--out", metavar="PNG", help=f"a grid of the first {GRID} (default samples.png)")
+    parser.add_argument("--dir", metavar="DIR", help="a folder for one PNG each")
+    parser.add_argument("--npz", metavar="FILE", help="as ADM's evaluator reads it: arr_0 uint8 NHWC, arr_1 labels")
+    parser.add_argument("--gif", metavar="FILE", help=f"a film of the first {FILM} on their way from noise")
+    parser.add_argument("--score", metavar="REF|shapes", help="FID, sFID, IS, precision and recall against a "
+                        "reference; shapes: let a classifier, trained on the spot, name them")
+    parser.add_argument("--force", action="store_true", help="score even fewer than 2048 images")
+    parser.add_argument("--inception", metavar="FILE", default="",
+                        help=f"the weights that scores look through (default: {INCEPTION}, here or in torch's cache)")
+    parser.add_argument("--images", metavar="PATH", help=f"score these, and make none: {data.KINDS}")
+    parser.add_argument("--reference", metavar="DATA", help="make a reference for --score of these, in --out REF.npz")
+    parser.add_argument("--size", type=int, help="crop and resize --images or --reference as training would "
+                                                 "(default: they all have one size)")
+    parser.add_argument("--bf16", action="store_true", help="a reference, and all scores against it, in bf16: faster, "
+                                                            "and comparable with nothing else")
+    parser.add_argument("--resize", choices=list(RESIZES), default="pytorch",
+                        help="how a reference, and what is scored against it, comes to Inception's 299 pixels; "
+                             "tensorflow: as in the evaluators of ADM and EDM")
+    parser.add_argument("--workers", type=int, default=2, help="processes that read images to be scored")
+    parser.add_config(SAMPLING)
+    args = parser.parse_args()
+    args.given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # as Ctrl-C: leave nothing behind
+    run_command(parser, lambda: run(args), f"pass a --batch below {args.batch}",
+                "with --npz or --dir, the same command goes on")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import pickle
 import random
 import signal
 import socket
@@ -2358,7 +2359,7 @@ def test_sampling_refuses_what_it_cannot_do():
         complains(sample, "--ckpt", root / "text.pt", *out, words=["text.pt"])
         torch.save({"weights": torch.zeros(3)}, root / "foreign.pt")
         complains(sample, "--ckpt", root / "foreign.pt", *out,
-                  words=["foreign.pt", "does not say which network", "none of them"])
+                  words=["foreign.pt", "does not say which network", "fits no preset"])
         state = torch.load(path, weights_only=True)
         torch.save({**state, "config": {**state["config"], "hidden_size": 64}}, root / "shape.pt")
         complains(sample, "--ckpt", root / "shape.pt", *out, words=["shape.pt", "of another shape", "expected"])
@@ -2420,8 +2421,8 @@ class SmallInception(nn.Module):
         super().__init__()
         self.look, self.fc = nn.Conv2d(3, 16, 8, stride=4), nn.Linear(16, 5)
 
-    def forward(self, x):
-        h = self.look(x.float() / 127.5 - 1).tanh()
+    def forward(self, x, resize="pytorch"):
+        h = self.look(x.float() / 127.5 - (1 if resize == "pytorch" else 1.01)).tanh()
         return h.mean((2, 3)), h[:, :6, 2, 2]
 
 
@@ -2544,22 +2545,35 @@ def test_statistics_stream_and_add_up_over_processes():
             close(found["covariance"], np.cov(x.T), 1e-14)
 
 
-def test_features_kept_are_spread_evenly():
+def test_features_are_kept_in_order_and_of_all_classes():
     kept = sample.KEPT
     try:
-        sample.KEPT = 10
-        net, images = SmallInception(), np.stack([data.Shapes(32).read(i) for i in range(25)])
-        for n in (7, 10, 11, 25):
+        sample.KEPT = 20
+        net, images = SmallInception(), np.stack([data.Shapes(32).read(i) for i in range(60)])  # class i % 10
+        for n in (7, 20, 60):
             batches = [(range(k, min(n, k + 4)), images[k:min(n, k + 4)]) for k in range(0, n, 4)]
-            found = sample.statistics(net, batches[::2] + batches[1::2], n, "fp32")  # in any order
+            stats = sample.statistics(net, batches[::2] + batches[1::2], n, "fp32")  # in any order
             with torch.no_grad():
                 features = net(torch.from_numpy(images[:n]).permute(0, 3, 1, 2))[0]
-            which = [i for i in range(n) if n <= 10 or (i + 1) * 10 // n > i * 10 // n]
-            assert len(which) == min(n, 10) and found["images"] == n
-            close(found["features"], features[which], 1e-6, f"{n} images")
-            close(found["sigma"], features.T.double().cov(), 1e-6, "and the covariance is of all")
+            which = [int((features - one).square().sum(1).argmin()) for one in stats["features"]]
+            assert len(which) == min(n, 20) and which == sorted(set(which)) and stats["images"] == n
+            assert n < 60 or len({i % 10 for i in which}) > 6 and len({i % 3 for i in which}) == 3
+            close(stats["features"], features[which], 1e-6, f"{n} images")
+            close(stats["sigma"], features.T.double().cov(), 1e-6, "and the covariance is of all")
     finally:
         sample.KEPT = kept
+    assert "50000 of them" in sample.counted(60_000) and sample.counted(9) == "9 images"
+
+
+def test_resizing_as_in_tensorflow():
+    """Output i lies at i side / 299 of the input, and beyond its last pixel nothing changes."""
+    ramp = torch.arange(64.).view(1, 1, 1, 64) + 100 * torch.arange(32.).view(1, 1, 32, 1)
+    at = lambda side: (torch.arange(299) * side / 299).clamp(max=side - 1)
+    expected = at(64).view(1, 1, 1, -1) + 100 * at(32).view(1, 1, -1, 1)
+    close(sample.resized(ramp, "tensorflow"), (expected - 128) / 128, 1e-6)
+    middle = lambda side: ((torch.arange(299) + 0.5) * side / 299 - 0.5).clamp(0, side - 1)
+    expected = middle(64).view(1, 1, 1, -1) + 100 * middle(32).view(1, 1, -1, 1)
+    close(sample.resized(ramp, "pytorch"), expected / 127.5 - 1, 1e-6, "pytorch")
 
 
 def test_a_reference_scores_itself_perfectly():
@@ -2567,7 +2581,7 @@ def test_a_reference_scores_itself_perfectly():
     with folder() as root:
         inception, npz = ("--inception", inception_file(root / "i.pth")), save_images(root / "a.npz", 8)
         code, said = command(sample, "--reference", npz, "--out", root / "ref.npz", *inception)
-        assert code == 0 and "of 8 images of 32 x 32" in said and "images/s" in said, said
+        assert code == 0 and "8 images (32 x 32), features of 8" in said and "images/s" in said, said
         (root / "each").mkdir()
         with np.load(npz) as file, np.load(root / "ref.npz") as ref, zipfile.ZipFile(root / "each.zip", "w") as out:
             assert {n: ref[n].shape for n in ref.files if n != "header"} == {
@@ -2575,7 +2589,7 @@ def test_a_reference_scores_itself_perfectly():
                 "images": ()} and ref["sigma_s"].dtype == np.float64
             header = json.loads(str(ref["header"]))
             assert (header["source"], header["images"], header["size"]) == (str(npz), 8, 32)
-            assert "bilinear" in header["resize"] and header["inception"] == data.file_hash(inception[1])
+            assert header["resize"] == "pytorch" and header["inception"] == data.file_hash(inception[1])
             for i, image in enumerate(file["arr_0"]):
                 Image.fromarray(image).save(root / f"each/{i}.png")
                 out.write(root / f"each/{i}.png", f"{i}.png")
@@ -2584,7 +2598,7 @@ def test_a_reference_scores_itself_perfectly():
         complains(sample, "--images", "shapes", *score, words=["8 images in", "ref.npz are too few", "--force"])
         for source in (npz, root / "each.zip"):
             code, said = command(sample, "--images", source, *score, "--force", "--batch", 3)
-            assert code == 0 and "only 8 images" in said and "fewer than 50000" in said, said
+            assert code == 0 and "only 8 images" in said and "fewer than the 50000" in said, said
             scores, provenance = scores_said(said)
             assert scores["fid"] < 1e-2 and scores["sfid"] < 1e-2, scores
             assert scores["precision"] == scores["recall"] == 1, scores
@@ -2600,16 +2614,19 @@ def test_references_of_all_kinds():
         npz, other = save_images(root / "a.npz", 30), save_images(root / "b.npz", 40, first=30)
         flags = lambda ref, *more: ("--images", other, "--score", ref, "--force", *weights, *more)
         score = lambda *args: scores_said(command(sample, *flags(*args))[1])
-        command(sample, "--reference", npz, "--out", root / "ref.npz", *weights)
-        expected, _ = score(root / "ref.npz")
+        command(sample, "--reference", npz, "--out", root / "half.npz", *weights)
+        command(sample, "--reference", npz, "--out", root / "ref.npz", "--resize", "tensorflow", *weights)
+        other_way, _ = score(root / "half.npz")
         with np.load(root / "ref.npz") as ref, np.load(npz) as images:
             ours = {n: ref[n] for n in ref.files}
             adm = {n: ref[n] for n in ("mu", "sigma", "mu_s", "sigma_s")}
             np.savez(root / "adm.npz", arr_0=images["arr_0"], **adm)
             np.savez_compressed(root / "edm.npz", mu=ref["mu"], sigma=ref["sigma"])
-        assert expected["fid"] > 0 and 0 < expected["recall"] < 1 and len(expected) == 5
+        expected, provenance = score(root / "ref.npz")
+        assert "as in TensorFlow" in provenance and expected["fid"] > 0 and len(expected) == 5
         scores, provenance = score(root / "adm.npz", "--batch", 7)
-        assert scores == expected and "made elsewhere" in provenance
+        assert scores == expected and "as in TensorFlow" in provenance
+        assert "made elsewhere" in provenance and "precision and recall by its 30 images" in provenance
         assert score(root / "edm.npz")[0] == {"fid": expected["fid"], "is": expected["is"]}
 
         no = lambda *args, words: complains(sample, *flags(*args), words=words)
@@ -2627,7 +2644,11 @@ def test_references_of_all_kinds():
         np.savez(root / "header.npz", **{**ours, "header": "{}"})
         no(root / "header.npz", words=["header.npz", "is no reference"])
         no(root / "ref.npz", "--size", 64, words=["64 x 64", "32 x 32", "--size 64"])
-        assert score(root / "ref.npz", "--size", 32)[0] == expected
+        no(root / "adm.npz", "--size", 64, words=["64 x 64", "32 x 32"])
+        assert score(root / "ref.npz", "--size", 32)[0] == expected != other_way
+        text = {"images": "30", "size": 32, "source": "", "inception": "", "arithmetic": "fp32", "resize": "pytorch"}
+        np.savez(root / "text.npz", **{**ours, "header": json.dumps({"format": sample.REFERENCE, **text})})
+        no(root / "text.npz", words=["text.npz", "header"])
 
 
 def test_reading_images_to_score_them():
@@ -2642,7 +2663,17 @@ def test_reading_images_to_score_them():
         np.savez_compressed(root / "small.npz", arr_0=images)
         assert np.array_equal(data.open_dataset(root / "small.npz").read(3), images[3])
         np.savez(root / "fortran.npz", arr_0=np.asfortranarray(images))
-        assert np.array_equal(data.open_dataset(root / "fortran.npz").read(3), images[3])
+        for name in ("a", "fortran"):                                      # a worker gets the place, not the pictures
+            dataset = data.open_dataset(root / f"{name}.npz")
+            packed = pickle.dumps(dataset)
+            assert len(packed) < 2000 and np.array_equal(pickle.loads(packed).read(3), images[3])
+        with zipfile.ZipFile(root / "short.npz", "w") as out, zipfile.ZipFile(root / "a.npz") as whole:
+            out.writestr("arr_0.npy", whole.read("arr_0.npy")[:-5000])     # another array follows in the file
+            out.writestr("arr_2.npy", bytes(9000))
+        complains(*make(root / "short.npz"), words=["short.npz", "cannot be read"])
+        with zipfile.ZipFile(root / "text.npz", "w") as out:
+            out.writestr("arr_0.npy", "no array at all")
+        complains(*make(root / "text.npz"), words=["text.npz"])
         (root / "mixed").mkdir()
         for i in range(5):
             Image.fromarray(images[i]).resize((32, 40) if i == 4 else (32, 32)).save(root / f"mixed/{i}.png")
@@ -2650,10 +2681,18 @@ def test_reading_images_to_score_them():
         complains(*make(root / "mixed"), words=["cannot be read, more than 1 %", "x0.png", "x3.png"])
         Image.new("RGB", (32, 40)).save(root / "mixed/0.png")
         complains(*make(root / "mixed"), words=["0.png", "32 x 40", "--size"])
+        (root / "mixed/0.png").write_bytes(b"broken")
+        complains(*make(root / "mixed"), words=["cannot be read, more than 1 %", "0.png", "x0.png"])
+        (root / "all").mkdir()
+        for i in range(2):
+            (root / f"all/{i}.png").write_bytes(b"broken")
+        complains(*make(root / "all"), words=["all", "0.png and others"])
+        Image.fromarray(images[0]).save(root / "all/1.png")
+        complains(*make(root / "all"), words=["1 images are too few"])     # one unreadable image is forgiven
         np.savez(root / "wide.npz", arr_0=np.zeros((3, 32, 40, 3), np.uint8))
         complains(*make(root / "wide.npz"), words=["40 x 32", "--size"])
         code, said = command(*make(root / "mixed", "--size", 16))
-        assert code == 0 and "10 images of 16 x 16" in said, said
+        assert code == 0 and "skipped 0.png" in said and "9 images (16 x 16)" in said, said
         complains(*make(root / "mixed", "--size", 16), words=["out.npz", "exists"])
         complains(sample, "--reference", root / "mixed", words=["--out REF.npz"])
         complains(sample, "--reference", root / "mixed", "--out", root / "x.png", words=["x.png", ".npz"])
@@ -2661,6 +2700,8 @@ def test_reading_images_to_score_them():
         complains(sample, "--images", root / "mixed", "--score", "x", "--cfg", 3, "--n", 3,
                   words=["--cfg and --n cannot", "--images"])
         complains(sample, "--ckpt", "x", "--bf16", words=["--bf16", "--reference"])
+        complains(sample, "--ckpt", "x", "--force", *weights, words=["--force and --inception", "without --score REF"])
+        complains(sample, "--bench", "--score", "x", words=["--score", "--bench"])
 
 
 def arrays_of(path):
@@ -2683,18 +2724,27 @@ def test_scores_of_samples_in_one_process_and_in_two():
             assert words in provenance, (words, provenance)
         images = ("--images", root / "made.npz", "--score", ref, *weights)
         assert scores_said(command(sample, *images, "--force")[1])[0] == expected
+        begin = ("--reference", root / "a.npz", "--workers", 0)
+        command(sample, *begin, "--out", root / "one.npz", *weights, "--batch", 3)
         raw = scores_said(command(sample, *flags, "--force", "--raw", "--batch", 4)[1])
         assert "raw weights of" in raw[1] and raw[0] != expected
         port = str(free_port())
-        for more in (flags, images):
-            pair = [launch("sample", *more, "--force", "--batch", 2, prepare=USE_SMALL_INCEPTION,
-                           MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank,
-                           stdout=subprocess.PIPE) for rank in ("0", "1")]
+        for more in ((*begin, "--out", root / "two.npz", *weights), (*flags, "--force"), (*images, "--force")):
+            pair = [launch("sample", *more, "--batch", 2, prepare=USE_SMALL_INCEPTION, MASTER_ADDR="127.0.0.1",
+                           MASTER_PORT=port, WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, stdout=subprocess.PIPE)
+                    for rank in ("0", "1")]
             said = [process.communicate(timeout=60) for process in pair]
-            assert all(process.returncode == 0 for process in pair) and "FID" not in said[1][0], said
+            assert all(process.returncode == 0 for process in pair) and not said[1][0], said
+            if more[0] == "--reference":
+                with np.load(root / "one.npz") as one, np.load(root / "two.npz") as two:
+                    assert one["images"] == two["images"] == 20 and str(one["header"]) == str(two["header"])
+                    for name in ("mu", "sigma", "mu_s", "sigma_s", "features"):
+                        close(two[name], one[name], 1e-6, name)
+                continue
             found = scores_said(said[0][0])[0]
             for name in expected:
-                close(found[name], expected[name], 1e-2 if more is flags else 1e-4, name)
+                close(found[name], expected[name], 1e-4 if "--images" in more else 1e-2, name)
+            assert scores_said(said[0][0])[1].startswith("  11 images"), "none was lost"
         complains(sample, "--ckpt", path, "--n", 11, "--force", "--score", root / "none.npz", *weights,
                   words=["no file", "none.npz"])
 
@@ -2717,6 +2767,9 @@ def test_without_inception_weights_the_rest_works():
         torch.save({"fc.weight": torch.zeros(3)}, root / "x.pth")
         complains(sample, "--reference", "shapes", "--out", root / "ref.npz", "--inception", root / "x.pth",
                   words=["x.pth", "missing", "Conv2d_1a_3x3"])
+        (root / "empty.pth").write_bytes(b"")
+        complains(sample, "--reference", "shapes", "--out", root / "ref.npz", "--inception", root / "empty.pth",
+                  words=["empty.pth"])
         assert not (root / "ref.npz").exists() and not (root / "new").exists()
         assert command(sample, "--ckpt", path, "--n", 2, "--out", root / "x.png")[0] == 0
 
@@ -2743,15 +2796,17 @@ def test_scores_while_training():
                   "--inception", root / "inception.pth", "--force")
         flags = ("--lr", 0.01, "--precision", "fp32", *scored)
         whole = tiny_run(root / "whole", *flags)
-        log = [json.loads(line) for line in (root / "whole/log.jsonl").read_text().splitlines()]
+        ref, log = root / "ref.npz", [json.loads(line) for line in (root / "whole/log.jsonl").read_text().splitlines()]
         scores = [entry for entry in log if "fid" in entry]
         assert log == whole["progress"]["log"] and [entry["step"] for entry in scores] == [4, 8, 10]
         for entry in scores:
-            assert entry["images"] == 70 and 0 <= entry["recall"] <= 1 < entry["is"]
-            assert ("70 images by the EMA weights, dpmpp, 3 steps" in entry["score_of"]
-                    and data.file_hash(root / "ref.npz") in entry["score_of"])
+            assert 0 <= entry["recall"] <= 1 < entry["is"]
+            assert (entry["provenance"].startswith("70 images by the EMA weights (")
+                    and "dpmpp, 3 steps" in entry["provenance"] and data.file_hash(ref) in entry["provenance"])
         best = min(scores, key=lambda entry: entry["fid"])
         assert sample.read_checkpoint(root / "whole/best.pt")["step"] == best["step"]
+        model, _ = load_model(root / "whole/best.pt")
+        assert f"EMA weights ({data.weights_hash(model)})" in best["provenance"]
         assert Image.open(root / "whole/loss.png").size == (1200, 1200)
         said = command(sample, "--ckpt", root / "whole/best.pt", "--n", 70, "--score", root / "ref.npz", "--inception",
                        root / "inception.pth", "--force")[1]
@@ -2764,7 +2819,7 @@ def test_scores_while_training():
             if interrupted.asked == when:
                 stop.ask(signal.SIGTERM, None)
             return agree(stop, failed, device)
-        for when, step in ((4, 4), (5, 4), (6, 4), (16, 10)):              # asked at each step, and twice in each score
+        for when, step in ((4, 4), (5, 4), (13, 4), (30, 10)):             # asked at each step, nine times in a score
             interrupted.asked, out = 0, root / f"stopped-{when}"
             try:
                 train.agree = interrupted
@@ -2774,13 +2829,37 @@ def test_scores_while_training():
             assert code == 143 and "the same command goes on" in said, (code, said)
             assert sample.read_checkpoint(out / "last.pt")["step"] == step
             assert same(tiny_run(out, *flags)["progress"], whole["progress"]), when
+        write, out = data.written_whole, root / "killed"
+
+        @contextlib.contextmanager
+        def killed(path):                                                  # when best.pt is new, and last.pt is not
+            with write(path) as temporary:
+                yield temporary
+                if path.name == "last.pt" and (out / "best.pt").exists():
+                    raise SystemExit(137)
+        try:
+            data.written_whole = killed
+            code, said = command(train, *TINY, "--out", out, "--kimg", 0.08, *flags)
+        finally:
+            data.written_whole = write
+        assert code == 137 and "fid" not in sample.read_checkpoint(out / "last.pt")["progress"]["log"][-1]
+        assert same(tiny_run(out, *flags)["progress"], whole["progress"])
+        assert sample.read_checkpoint(out / "best.pt")["step"] == best["step"]
         assert "fid" not in tiny_run(root / "late")["progress"]["log"][-1]
         assert "fid" in tiny_run(root / "late", *scored)["progress"]["log"][-1], "a finished run, scored when asked for"
         no = lambda *more, words: complains(train, *TINY, "--out", root / "no", "--kimg", 0.08, *more, words=words)
-        no("--score-every", 1, words=["--score-every 1", "--score-ref", "together"])
-        no("--score-ref", "x", words=["--score-every", "together"])
+        no("--score-every", 1, words=["--score-every 1 needs --score-ref"])
+        no("--score-ref", "x", words=["--score-ref x needs --score-every"])
         no(*flags[:-1], words=["70 images are too few", "--force"])
         no(*flags, "--input-size", 16, words=["16 x 16", "32 x 32"])
+
+
+def test_the_best_checkpoint_is_the_best_of_its_kind():
+    with folder() as root, contextlib.redirect_stderr(io.StringIO()):
+        progress = train.Progress(configs.PRESETS["shapes"], root, torch.device("cpu"), data.Shapes(32))
+        best = [progress.scored(step, {"fid": fid, "is": 1.0}, kind, "") for step, (fid, kind) in enumerate(
+            [(3.0, "a"), (1.0, "a"), (2.0, "a"), (2.0, "b"), (1.0, "a"), (1.5, "b")])]
+    assert best == [True, True, False, True, False, True]
 
 
 def test_scores_while_training_in_two_processes():
@@ -2798,7 +2877,7 @@ def test_scores_while_training_in_two_processes():
         in_two_processes(scored_runs, two)
         logs = [[json.loads(line) for line in (root / "run/log.jsonl").read_text().splitlines()] for root in (one, two)]
         for a, b in zip(*([entry for entry in log if "fid" in entry] for log in logs), strict=True):
-            assert a["step"] == b["step"] and a["images"] == b["images"] == 70
+            assert a["step"] == b["step"] and a["provenance"].startswith("70 images")
             for name in ("fid", "sfid", "is", "precision", "recall"):
                 close(a[name], b[name], 1e-3, name)
         steps = [sample.read_checkpoint(root / "run/best.pt")["step"] for root in (one, two)]
@@ -2843,6 +2922,21 @@ def test_cuda_compiled_blocks_equal_eager_ones():
         for block in model.blocks:
             block.compile()
         close(model(x, t, y).cpu(), expected.cpu(), 1e-4)
+
+
+def test_cuda_scores_equal_those_of_the_cpu():
+    need_cuda()
+    with folder() as root:
+        nets = [sample.load_inception(inception_file(root / "i.pth"), device)[0] for device in ("cpu", "cuda")]
+    images = np.stack([data.Shapes(32).read(i) for i in range(8)])
+    sample.autocast("tf32", torch.device("cuda"))                          # must not last
+    batches = [(range(8), images)]
+    a, b = (sample.statistics(net, batches, 8) for net in nets)
+    for name in ("mu", "sigma", "mu_s", "sigma_s", "features"):
+        close(b[name], a[name], 1e-4, name)
+    torch.manual_seed(0)
+    real, fake = torch.randn(600, 64), 0.9 * torch.randn(500, 64) + 0.1
+    close(sample.precision_recall(real.cuda(), fake.cuda()), sample.precision_recall(real, fake), 0.01)
 
 
 # ---------------------------------------------------------------------------------------------

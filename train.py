@@ -4,12 +4,14 @@
 again resumes. Nothing of a run's randomness is saved, because none needs to be: the data follow from (seed, place), and
 the noise, timesteps and dropped labels from (seed, step, micro-batch), whichever process works on that micro-batch.
 """
+import contextlib
 import copy
 import dataclasses
 import functools
 import itertools
 import json
 import math
+import operator
 import os
 import shutil
 import signal
@@ -259,7 +261,8 @@ def groups(model):
 def save_checkpoint(path, cfg, step, trainer, progress, stays=None):
     """All that a run needs to go on, and `sample.py` to sample: tensors and plain values only. Written under another
     name, flushed to disk, then renamed: whatever happens, `path` holds one whole checkpoint, the new or the old; and
-    the one before stays as previous.pt. stays: another name for it; of these, cfg.keep are kept."""
+    the one before stays as previous.pt. stays: another name for it; of the numbered ones, the newest
+    cfg.keep are kept."""
     state = {"format": sample.FORMAT, "config": dataclasses.asdict(cfg), "step": step, "progress": progress.state(),
              **{name: part.state_dict() for name, part in trainer.parts().items()}}
     try:
@@ -267,10 +270,11 @@ def save_checkpoint(path, cfg, step, trainer, progress, stays=None):
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
+            if stays:                                                      # before path says that this step is done
+                link(temporary, stays)
             if path.exists():
                 link(path, path.with_name("previous.pt"))
         if stays:
-            link(path, stays)
             for old in numbered(path.parent)[:-cfg.keep] if cfg.keep else []:
                 old.unlink()
     except (OSError, RuntimeError) as error:                               # torch.save's answer to a full disk
@@ -442,22 +446,25 @@ class Progress:
             c = seen["condition"]
             entry["condition_norm"] = {"mean": c.mean().item(), "std": c.std(correction=0).item(),
                                        "max": c.max().item()}
-            self.log.append(entry)
-            if self.writes:
-                with open(self.out / "log.jsonl", "a") as file:
-                    file.write(json.dumps(entry) + "\n")
+            self.note(entry)
             self.seen, self.norms, self.timed, self.busy, self.waited = [], [], 0, 0.0, 0.0
 
 
-    def add_score(self, step, found, of):
-        """Note the scores of this step, and what they go by -> are they the best so far, by FID, of their kind?"""
-        before = [entry["fid"] for entry in self.log if entry.get("score_of") == of]
-        self.log.append({"step": step, "kimg": step * self.cfg.batch_size / 1000, **found, "score_of": of})
+    def note(self, entry):
+        """Into the log."""
+        self.log.append(entry)
         if self.writes:
-            say(("\n" if self.live else "") + f"kimg {self.log[-1]['kimg']:.1f}  {sample.in_words(found)}\n  {of}")
             with open(self.out / "log.jsonl", "a") as file:
-                file.write(json.dumps(self.log[-1]) + "\n")
-        return found["fid"] < min(before, default=math.inf)
+                file.write(json.dumps(entry) + "\n")
+
+    def scored(self, step, scores, kind, provenance):
+        """Show and log the scores after so many steps -> is this FID the lowest of its kind, of those that compare?"""
+        before = [entry["fid"] for entry in self.log if entry.get("kind") == kind]
+        kimg = step * self.cfg.batch_size / 1000
+        self.note({"step": step, "kimg": kimg, **scores, "kind": kind, "provenance": provenance})
+        if self.writes:
+            say(f"kimg {kimg:.1f}  {sample.in_words(scores)}\n  {provenance}")
+        return scores["fid"] < min(before, default=math.inf)
 
 
 def clock(seconds):
@@ -465,32 +472,28 @@ def clock(seconds):
 
 
 def draw_curves(log, path):
-    """loss.png: what the log holds over thousands of images, on logarithmic scales; scores only where there are any."""
-    def series(get):
+    """loss.png: what the log holds over thousands of images, on logarithmic scales; in a third row, the scores."""
+    def line(name, *keys, of=lambda value: value):
+        """(name, points) of what the entries hold under these keys, or of a function of it."""
         points = []
         for entry in log:
-            try:
-                value = get(entry)
-            except KeyError:
-                continue
-            if value > 0 and math.isfinite(value):
-                points.append((entry["kimg"], math.log10(value)))
-        return points
+            with contextlib.suppress(KeyError):
+                value = of(functools.reduce(operator.getitem, keys, entry))
+                if value > 0 and math.isfinite(value):
+                    points.append((entry["kimg"], math.log10(value)))
+        return name, points
 
-    quarter = lambda k: (lambda entry: entry["loss_quarters"][k])
-    panels = [
-        ("loss, and its parts", [(name, lambda entry, name=name: entry[name]) for name in ("mse", "vlb", "loss")]),
-        ("loss by quarter of the noise, 1 the cleanest", [(str(k + 1), quarter(k)) for k in range(4)]),
-        ("gradient norm: all, and the largest part", [("all", lambda entry: entry["grad_norm"]),
-                                                      ("part", lambda entry: max(entry["grad_norm_parts"].values()))]),
-        ("norm of the condition vector", [(name, lambda entry, name=name: entry["condition_norm"][name])
-                                          for name in ("mean", "max", "std")]),
-        ("scores of samples", [(name, lambda entry, name=name: entry[name.lower()]) for name in ("IS", "sFID", "FID")]),
-        ("precision and recall of samples", [(name, lambda entry, name=name: entry[name])
-                                             for name in ("recall", "precision")])]
-    panels = [(title, [(name, series(get)) for name, get in lines]) for title, lines in panels]
+    panels = [                                                             # names from right to left
+        ("loss, and its parts", [line(name, name) for name in ("mse", "vlb", "loss")]),
+        ("loss by quarter of the noise, 1 the cleanest", [line(str(k + 1), "loss_quarters", k) for k in range(4)]),
+        ("gradient norm: all, and the largest part", [
+            line("all", "grad_norm"), line("part", "grad_norm_parts", of=lambda parts: max(parts.values()))]),
+        ("norm of the condition vector", [line(name, "condition_norm", name) for name in ("mean", "max", "std")]),
+        ("scores of samples", [line(name, name.lower()) for name in ("IS", "sFID", "FID")]),
+        ("precision and recall of samples", [line(name, name) for name in ("recall", "precision")])]
     panels = [(title, [(name, points) for name, points in lines if points]) for title, lines in panels]
-    image = Image.new("RGB", (1200, 1200 if any(lines for _, lines in panels[4:]) else 800), "white")
+    scored = any("fid" in entry for entry in log)
+    image = Image.new("RGB", (1200, 1200 if scored else 800), "white")
     for k, (title, lines) in enumerate(panels):
         if lines:
             draw_panel(ImageDraw.Draw(image), 600 * (k % 2), 400 * (k // 2), title, lines)
@@ -515,7 +518,7 @@ def draw_panel(pen, x0, y0, title, lines, width=600, height=400):
     for k, (name, points) in enumerate(lines):
         colour = ("#999999", "#dd8833", "#2255cc", "#228833")[k]
         pen.line([at(x, y) for x, y in points], fill=colour, width=2)
-        if len(points) < 20:
+        if len(points) < 20:                                               # a line of one point would show nothing
             for x, y in points:
                 pen.circle(at(x, y), 3, fill=colour)
         pen.text((right - 60 * k, y0 + 10), name, fill=colour, anchor="ra")
@@ -564,46 +567,71 @@ def agree(stop, failed, device):
     return int(said[0].max()), failed
 
 
-def score(model, cfg, scorer, vae, stop, device, batch=64):
-    """FID and the other scores of cfg.score_n samples, the same ones each time, divided over the processes -> as
-    Scorer gives them, in all processes; or None, if a signal came first."""
+class Stopped(Exception):
+    """By a signal, its number."""
+
+
+def score(model, cfg, scorer, vae, stop, device, batch):
+    """The scores of cfg.score_n samples, the same ones each time, in all processes, which divide them. Raises Stopped
+    in all if any of them was sent a signal."""
     rank, size = sample.rank_and_size()
 
     def share():
-        for first in range(rank * batch, cfg.score_n + rank * batch, size * batch):  # equally often in each process
-            if agree(stop, [], device)[0]:
-                raise InterruptedError
-            indices = range(first, min(first + batch, cfg.score_n))
+        for first in range(0, cfg.score_n, size * batch):                  # as often in each process: agree() waits
+            signalled, _ = agree(stop, [], device)
+            if signalled:
+                raise Stopped(signalled)
+            indices = range(cfg.score_n)[first + rank * batch:first + (rank + 1) * batch]
             for x, _ in sample.generate(model, cfg, indices, batch=batch):
                 yield indices, sample.pixels(x, cfg, vae)
 
-    try:
-        return scorer(share(), cfg.score_n)
-    except InterruptedError:
-        return None
+    stats = scorer.look(share(), cfg.score_n)
+    return sample.on_rank_0(lambda: scorer.compare(stats))
 
 
 def train(cfg, dataset, out, weights=None, device=None, vae=None, scorer=None):
     """Train cfg on dataset in the folder out, from the start or from its newest checkpoint -> None when complete, or
     the number of the signal that stopped it. weights: a state_dict to begin with. vae: makes the sample grids of a
-    latent network, which has none without. scorer: a sample.Scorer, for cfg.score_every. ValueError past 1 % unreadable
-    images, or after 10 steps in a row without finite gradients."""
+    latent network, which has none without. scorer: a sample.Scorer, for cfg.score_every; best.pt is the checkpoint of
+    the lowest FID. ValueError past 1 % unreadable images, or after 10 steps in a row without finite gradients."""
     device, out, batch = device or sample.default_device(), Path(out), cfg.batch_size
     trainer, progress, start, good = Trainer(cfg, device, weights), Progress(cfg, out, device, dataset), 0, None
-    found = sample.on_rank_0(lambda: newest(out))
-    if found:
-        start, good = load_checkpoint(found, cfg, trainer, progress), found
+    file = sample.on_rank_0(lambda: newest(out))
+    if file:
+        start, good = load_checkpoint(file, cfg, trainer, progress), file
         if progress.writes:
-            say(f"resumed from {found} at {start * batch / 1000:g} kimg")
+            say(f"resumed from {file} at {start * batch / 1000:g} kimg")
 
     def passed(kimg, done):
-        """Has the step before this one, or the whole run, reached another so many thousand images?"""
+        """Did the last of so many steps reach another multiple of so many thousand images, or the end?"""
         return done == progress.total or done * batch // (1000 * kimg) > (done - 1) * batch // (1000 * kimg)
 
     def due(done):
-        """Is there to be a score at this step, and is there none yet?"""
-        return (scorer and done and passed(cfg.score_every, done)
-                and not any("fid" in entry and entry["step"] == done for entry in progress.log))
+        """Is there to be a score after so many steps, and is there none yet?"""
+        if not scorer or not done or not passed(cfg.score_every, done):
+            return False
+        return not any("fid" in entry and entry["step"] == done for entry in progress.log)
+
+    def score_if_due(done):
+        """-> the signal that came meanwhile, or 0. The checkpoint was written before, so that then nothing is lost and
+        the run resumes here; it is written again, with the scores."""
+        if not due(done):
+            return 0
+        if progress.live:
+            say("")
+        try:
+            scores = score(trainer.ema.model, cfg, scorer, vae, stop, device, min(64, trainer.micro))
+        except Stopped as stopped:
+            return stopped.args[0]
+        recipe, vae_hash = sample.recipe(cfg), data.weights_hash(vae) if vae else ""
+        best = progress.scored(
+            done, scores, f"{cfg.score_n}; {recipe}; {vae_hash}; {scorer.hash}; {scorer.inception_hash}",
+            f"{sample.counted(cfg.score_n)} by the EMA weights ({data.weights_hash(trainer.ema.model)})"
+            + (f" and {cfg.vae} ({vae_hash})" if vae else "") + f", {recipe}; {scorer.provenance()}")
+        sample.on_rank_0(lambda: draw_curves(progress.log, out / "loss.png"))
+        sample.on_rank_0(lambda: save_checkpoint(out / "last.pt", cfg, done, trainer, progress,
+                                                 out / "best.pt" if best else None))
+        return 0
 
     if start > progress.total or (start == progress.total and not due(start)):
         return None
@@ -614,18 +642,10 @@ def train(cfg, dataset, out, weights=None, device=None, vae=None, scorer=None):
     in_a_row, stop = 0, Stop()
     progress.begin(start)
 
-    for step in range(start, progress.total + 1):
-        if due(step):                                                      # here, so that a run stopped meanwhile
-            found = score(trainer.ema.model, cfg, scorer, vae, stop, device)  # begins with it when it resumes
-            if found is None:
-                return agree(stop, [], device)[0]
-            of = f"{cfg.score_n} images by the EMA weights, {sample.recipe(cfg)}; {scorer.provenance()}"
-            best = progress.add_score(step, found, of)
-            sample.on_rank_0(lambda: save_checkpoint(out / "last.pt", cfg, step, trainer, progress,
-                                                     out / "best.pt" if best else None))
-            sample.on_rank_0(lambda: draw_curves(progress.log, out / "loss.png"))
-        if step == progress.total:
-            return None
+    stopped = score_if_due(start)
+    if stopped:
+        return stopped
+    for step in range(start, progress.total):
         began, images, done = time.time(), step * batch, step + 1
         seen, norms = trainer.step(step, feed, watch=passed(cfg.tick_kimg, done))
         progress.time(time.time() - began, feed.waited)
@@ -651,7 +671,8 @@ def train(cfg, dataset, out, weights=None, device=None, vae=None, scorer=None):
             stays = out / f"{name}.pt" if passed(cfg.save_kimg, done) else None
             sample.on_rank_0(lambda: save_checkpoint(out / "last.pt", cfg, done, trainer, progress, stays))
             good = out / "last.pt"
-        if stopped and done < progress.total:
+        stopped = stopped or score_if_due(done)
+        if stopped and (done < progress.total or due(done)):
             return stopped
 
 
@@ -759,12 +780,14 @@ def open_vae(cfg, dataset):
 
 
 def open_scorer(cfg, vae, force):
-    """What scores the samples while training, or None. ValueError if that cannot be done."""
+    """What scores the samples while training, or None. ValueError without a VAE for latents, for too few images, and as
+    sample.Scorer says it."""
     if not cfg.score_every:
         return None
     if cfg.in_channels != 3 and not vae:
         raise ValueError("--score-every scores pictures, and this network makes latents; pass --vae FILE")
     sample.check_number(cfg.score_n, force)
+    sample.warn_of_number(cfg.score_n)
     scorer = sample.Scorer(cfg.score_ref, cfg.inception, force, workers=cfg.workers)
     scorer.check_size(cfg.input_size * (vae.factor if vae else 1))
     return scorer
@@ -814,7 +837,7 @@ def check_machine(cfg, device):
 
 def describe(name, cfg, network, dataset, device):
     """Say what is about to run, and what to expect of this machine."""
-    kind, size = sample.arithmetic(cfg.precision, device), sample.rank_and_size()[1]
+    kind, size = sample.arithmetic_of(cfg.precision, device), sample.rank_and_size()[1]
     say(f"{name} ({SOURCES[name][0]}): {cfg.model} of {sum(p.numel() for p in network.parameters()) / 1e6:.2f}M "
         f"parameters, {len(dataset)} images from {cfg.data}, {cfg.kimg:g} kimg, {device.type} in {kind}"
         + (f", {size} processes" if size > 1 else ""))
@@ -830,7 +853,7 @@ def main():
     parser.add_argument("--init-from", metavar="CKPT",
                         help="begin with the EMA weights of this checkpoint, or with published ones")
     parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
-    parser.add_argument("--force", action="store_true", help="score with fewer than 2048 images, too")
+    parser.add_argument("--force", action="store_true", help="score with even fewer than 2048 images")
     parser.add_argument("--study", action="store_true",
                         help="train each of the paper's ablations on shapes, three seeds each, and print a table")
     parser.add_argument("--bench", type=int, nargs="?", const=20, metavar="N", help="only time N steps (default 20)")
@@ -846,7 +869,8 @@ def run(args):
         args.pop(key) for key in ("preset", "out", "init_from", "overwrite", "bench", "study", "force"))
     device = sample.default_device()
     if studies:
-        own = {"data", "model", "time_in", "time_embedding", "num_classes", "seed", "score_every"} & args.keys()
+        own = {"data", "model", "time_in", "time_embedding", "num_classes", "seed",
+               "score_every", "score_ref"} & args.keys()
         if name != "shapes" or own or init_from or overwrite or n is not None or sample.rank_and_size()[1] > 1:
             which = " and ".join(map(configs.flag_of, own)) or "--preset, --init-from, --overwrite, --bench, torchrun"
             raise ValueError(f"--study chooses data, networks, seeds and scores itself; leave out {which}")
@@ -859,7 +883,7 @@ def run(args):
     check_machine(cfg, device)
     if n is not None:
         if n < 1:
-            raise ValueError(f"--bench {n}: give a number from 1")
+            raise ValueError(f"--bench {n} must be 1 or more")
         return bench(cfg, device, n)
     dataset = open_data(cfg)
     vae = open_vae(cfg, dataset)
