@@ -701,12 +701,12 @@ def counted(n):
 
 
 def statistics(inception, batches, n, arithmetic="fp32", resize="pytorch"):
-    """What the scores compare. batches: this process's share of n images, [(indices, images (b, H, W, 3) uint8)] -> of
-    those of all processes together a dict, in the float64 that they are summed in:
-        mu (2048,), sigma (2048, 2048)       mean and covariance of the pooled features
+    """What the scores compare. batches: this process's share of n images, [(indices, images (b, H, W, 3) uint8)] -> for
+    the images of all processes together a dict of
+        mu (2048,), sigma (2048, 2048)       mean and covariance of the pooled features, float64
         mu_s (2023,), sigma_s (2023, 2023)   and of the spatial ones
         images                               their number
-        features (KEPT at most, 2048)        pooled, fp32, in order of their indices; on rank 0 alone"""
+        features (KEPT at most, 2048)        pooled, fp32, in the order of indices; on rank 0 alone"""
     (rank, size), start, seen = rank_and_size(), time.time(), 0
     device = inception.fc.weight.device
     pooled, spatial = Moments(inception.pooled, device), Moments(inception.spatial, device)
@@ -1010,12 +1010,12 @@ def make_images(args, given):
         check_number(args.n, args.force)
         warn_of_number(args.n)
     first = rank_and_size()[0] == 0
-    lasting = first and (args.dir or args.npz or args.score)
-    weights_hash = data.file_hash(args.ckpt) if lasting and os.path.isfile(args.ckpt) else ""
+    told = first and (args.dir or args.npz or args.score)                  # before the file can be another one
+    weights_hash = data.file_hash(args.ckpt) if told and os.path.isfile(args.ckpt) else ""
     model, cfg = load_model(args.ckpt, args.preset, args.raw)
     cfg = dataclasses.replace(cfg, **given)
     vae = open_vae(cfg)
-    vae_hash = data.file_hash(cfg.vae) if lasting and vae else ""
+    vae_hash = data.file_hash(cfg.vae) if told and vae else ""
     if args.score == "shapes" and cfg.num_classes != 10:
         raise ValueError(f"--score shapes needs a network with the ten classes of shapes; {args.ckpt} has "
                          f"{cfg.num_classes}")
@@ -1084,7 +1084,8 @@ def score_images(args):
     stats, first = scorer.look(read_share(dataset, args.batch, args.workers), len(dataset)), rank_and_size()[0] == 0
     leave_processes()                                                      # comparing may take rank 0 some minutes
     if first:
-        print(f"{in_words(scorer.compare(stats))}\n  {counted(stats['images'])} of {args.images}, "
+        digest = f" ({data.file_hash(args.images)})" if os.path.isfile(args.images) else ""
+        print(f"{in_words(scorer.compare(stats))}\n  {counted(stats['images'])} of {args.images}{digest}, "
               f"{'cropped and resized to ' if args.size else ''}{dataset.size} x {dataset.size}; {scorer.provenance()}")
 
 
