@@ -585,8 +585,8 @@ def read_npz(path, size=None):
             images = mapped_array(path, "arr_0.npy")
             images = file["arr_0"] if images is None else images
             labels = file["arr_1"] if "arr_1" in file else None
-        except ValueError as error:
-            raise ValueError(f"{path} cannot be read ({reason(error)})") from None
+        except (ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} cannot be read ({reason(error)}); fetch or make it again") from None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
         raise ValueError(f"arr_0 in {path} is {images.dtype} {images.shape}, not uint8 (n, height, width, 3)")
     if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min() < 0):
@@ -985,7 +985,7 @@ class Reader(torch.utils.data.Dataset):
         """-> indices, pictures, [(index, name, reason)] of those that cannot be read, `batch` places at a time."""
         places = [indices[k:k + batch] for k in range(0, len(indices), batch)]
         return torch.utils.data.DataLoader(cls(dataset, form), batch_sampler=places, num_workers=workers,
-                                           collate_fn=cls.collate)
+                                           collate_fn=cls.collate, worker_init_fn=outlive_the_signal)
 
 
 # ---------------------------------------------------------------------------------------------

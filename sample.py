@@ -58,6 +58,9 @@ def run_command(parser, act, if_short_of_memory, if_others_are_lost):
     except torch.OutOfMemoryError:
         parser.exit(2, f"\n{parser.prog}: out of GPU memory; {if_short_of_memory}\n")
     except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            parser.exit(2, f"\n{parser.prog}: a process that reads data has ended ({data.reason(error)}); if memory "
+                           f"was short, take fewer --workers or smaller images\n")
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         parser.exit(2, f"\n{parser.prog}: rank {rank_and_size()[0]} lost the other processes "
@@ -396,8 +399,9 @@ def save_film(model, cfg, path, n, vae=None, classes=None, seed=0):
 # Many images: parts on the disk, each an .npy of consecutive images that its first index names. A run that was stopped
 # goes on with what is missing, with any number of processes.
 
-def open_parts(folder, settings):
-    """Make the folder, or accept the one that the same settings began (ValueError for others)."""
+def open_parts(folder, settings, n):
+    """Make the folder, or accept the one that the same settings began. ValueError for others, and if it holds more than
+    n images."""
     said, note = json.dumps(settings, indent=1), folder / "settings.json"
     if folder.exists() and not note.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is where unfinished images would go, and holds something else; move it, or choose "
@@ -410,6 +414,10 @@ def open_parts(folder, settings):
     folder.mkdir(exist_ok=True)
     with data.written_whole(note) as temporary:
         temporary.write_text(said)
+    end = max((first + len(images) for first, images in stored(folder)), default=0)
+    if end > n:
+        raise ValueError(f"{folder} already holds {end} images, and --n {n} would lose some; pass --n {end} or more, "
+                         f"or choose another name")
 
 
 def stored(folder):
@@ -700,6 +708,15 @@ def counted(n):
     return f"{n} images" + (f" (IS, precision and recall of {KEPT} of them)" if n > KEPT else "")
 
 
+def in_step(batches, device):
+    """The batches, and None in place of one while other processes still have some: so nobody waits for longer than a
+    batch takes, and PATIENCE need not cover what slower processes have left."""
+    for batch in itertools.chain(batches, itertools.repeat(None)):
+        if not from_all(torch.tensor([int(batch is not None)], device=device)).any():
+            return
+        yield batch
+
+
 def statistics(inception, batches, n, arithmetic="fp32", resize="pytorch"):
     """What the scores compare. batches: this process's share of n images, [(indices, images (b, H, W, 3) uint8)] -> for
     the images of all processes together a dict of
@@ -712,7 +729,7 @@ def statistics(inception, batches, n, arithmetic="fp32", resize="pytorch"):
     pooled, spatial = Moments(inception.pooled, device), Moments(inception.spatial, device)
     kept, features, drawn = [], [], np.zeros(n, dtype=bool)
     drawn[np.random.default_rng(0).permutation(n)[:KEPT]] = True           # by lot: classes may come in turn
-    for indices, images in batches:
+    for indices, images in filter(None, in_step(batches, device)):
         with torch.no_grad(), autocast(arithmetic, device):
             found, found_s = inception(torch.from_numpy(images).to(device).permute(0, 3, 1, 2), resize)
         pooled.add(found)
@@ -763,12 +780,13 @@ def read_reference(path):
                 raise ValueError(f"it has no mu and sigma; found: {', '.join(file.files[:10])}{advice}")
             for name in expected.keys() & set(file.files):
                 stats[name] = torch.from_numpy(file[name].reshape(expected[name]))
-                if not stats[name].isfinite().all():
-                    raise ValueError(f"{name} is not finite")
+                if not (stats[name].is_floating_point() and len(stats[name]) and stats[name].isfinite().all()):
+                    raise ValueError(f"{name} is not finite, or no array of such numbers")
             if "header" in file:
                 header = json.loads(str(file["header"]))
                 missing = {"format", "source", "images", "size", "inception", "arithmetic", "resize"} - set(header)
                 if (missing or header["format"] != REFERENCE or header["resize"] not in RESIZES
+                        or header["arithmetic"] not in ("fp32", "bf16")
                         or not all(type(header[name]) is int for name in ("images", "size"))):
                     raise ValueError(f"its header is not of the format {REFERENCE!r}")
             return stats, header, "arr_0" in file
@@ -803,10 +821,11 @@ def read_share(dataset, batch, workers):
 class Scorer:
     """FID, sFID, IS, precision and recall against a reference: all processes look at their share of the images, and
     rank 0, which has the reference's numbers, compares. inception: as for load_inception. force: accept fewer than 2048
-    images. batch, workers: for the images of a reference without features (ADM's). ValueError if the reference or the
-    weights are missing, or do not belong together."""
+    images. batch, workers: for the images of a reference without features (ADM's). resize: one of RESIZES, for a
+    reference without our header (default: tensorflow). ValueError if the reference or the weights are missing, or do
+    not belong together."""
 
-    def __init__(self, reference, inception="", force=False, batch=64, workers=2):
+    def __init__(self, reference, inception="", force=False, batch=64, workers=2, resize=None):
         self.path, self.force = reference, force
         self.inception, self.inception_hash = load_inception(inception, default_device())
 
@@ -816,8 +835,11 @@ class Scorer:
 
         self.header, self.hash, needs_features = on_rank_0(read)
         self.arithmetic = self.header.get("arithmetic", "fp32")            # both sides by the same
-        self.resize = self.header.get("resize", "tensorflow")
-        self.size, self.made = self.header.get("size"), "made elsewhere, taken to be with TensorFlow"
+        self.resize = self.header.get("resize", resize or "tensorflow")
+        if self.header and resize not in (None, self.resize):
+            raise ValueError(f"--resize {resize}: {reference} was made with --resize {self.resize}, and what is scored "
+                             f"follows it; leave the flag out, or make another reference")
+        self.size, self.made = self.header.get("size"), f"made elsewhere, taken to be as in {self.resize}"
         if self.header:
             images, source = counted(self.header["images"]), self.header["source"]
             self.made = f"made of {images} of {source}, {self.size} x {self.size}"
@@ -860,12 +882,15 @@ class Scorer:
 
     def provenance(self):
         """What the numbers depend on beside the images."""
-        said = (f"against {self.path} ({self.hash}; {self.made}); Inception {self.inception_hash} in "
-                f"{self.arithmetic}, {RESIZES[self.resize]}")
-        if not self.inception_hash.startswith(INCEPTION_HASH):
-            said += ("; THESE ARE NOT THE PUBLISHED INCEPTION WEIGHTS: the scores are not meaningful, and compare with "
-                     "nothing but others of the same file")
-        return said
+        return (f"against {self.path} ({self.hash}; {self.made}); Inception {self.inception_hash} in "
+                f"{self.arithmetic}, {RESIZES[self.resize]}{unless_published(self.inception_hash)}")
+
+
+def unless_published(inception_hash):
+    if inception_hash.startswith(INCEPTION_HASH):
+        return ""
+    return ("; THESE ARE NOT THE PUBLISHED INCEPTION WEIGHTS: the scores are not meaningful, and compare with nothing "
+            "but others of the same file")
 
 
 def in_words(scores):
@@ -920,6 +945,7 @@ def shape_classifier(size, seed=0):
 
 GRID = 400                            # images that a grid shows at the most
 FILM = 20                             # and a film
+OUTPUTS = "outputs.txt"               # among the parts: what this run has begun to write, and may write again
 
 
 def parse_classes(text, cfg):
@@ -947,7 +973,8 @@ def parts_of(args):
 def check_outputs(args):
     """Before the work: every place that is to be written can be, and holds nothing yet, unless this is the same run
     going on. Fills in args.out."""
-    going_on = parts_of(args) and (parts_of(args) / "settings.json").exists()
+    begun = parts_of(args) / OUTPUTS if parts_of(args) else None
+    begun = begun.read_text().splitlines() if begun and begun.exists() else []
     if args.reference and not args.out:
         raise ValueError("--reference DATA needs --out REF.npz, the file to write")
     if not (args.out or args.dir or args.npz or args.gif or args.score):
@@ -959,10 +986,12 @@ def check_outputs(args):
         if path and not path.lower().endswith(endings):
             raise ValueError(f"{flag} {path} must end in {' or '.join(endings)}")
         empty = flag == "--dir" and os.path.isdir(path or "") and not os.listdir(path)
-        if path and os.path.exists(path) and not (empty or going_on):
+        if path and os.path.exists(path) and not (empty or os.path.abspath(path) in begun):
             raise ValueError(f"{flag} {path} exists; remove it or choose another name")
         if path and not Path(path).parent.is_dir():
             raise ValueError(f"{flag} {path}: the folder {Path(path).parent} does not exist; make it first")
+        if path and not os.access(Path(path).parent, os.W_OK):
+            raise ValueError(f"{flag} {path}: the folder {Path(path).parent} cannot be written to; choose another")
 
 
 @contextlib.contextmanager
@@ -971,11 +1000,11 @@ def parts_folder(args, settings):
     same command goes on; else it does not outlast this run. settings: what the images depend on."""
     folder, first = parts_of(args), rank_and_size()[0] == 0
     if folder:
-        on_rank_0(lambda: open_parts(folder, settings))
+        on_rank_0(lambda: open_parts(folder, settings, args.n))
         yield folder
         if first:                                                          # settings.json last: it marks the folder
-            for file in [*folder.glob("*.npy"), *folder.glob(".*.tmp"), folder / "settings.json"]:
-                file.unlink()
+            for file in [*folder.glob("*.npy"), *folder.glob(".*.tmp"), folder / OUTPUTS, folder / "settings.json"]:
+                file.unlink(missing_ok=True)
             folder.rmdir()
         return
     folder = on_rank_0(lambda: tempfile.mkdtemp(prefix=".samples-", dir=Path(args.out or ".").parent))
@@ -988,6 +1017,7 @@ def parts_folder(args, settings):
 
 def write(args, cfg, folder, classes, labels):
     """Make of the parts the files that were asked for."""
+    (folder / OUTPUTS).write_text("\n".join(os.path.abspath(path) for path in (args.out, args.dir, args.npz) if path))
     if args.dir:
         Path(args.dir).mkdir(exist_ok=True)
         for indices, images in made(folder, args.n):
@@ -1007,8 +1037,7 @@ def make_images(args, given):
     check_outputs(args)
     reference = args.score if args.score != "shapes" else None
     if reference:
-        check_number(args.n, args.force)
-        warn_of_number(args.n)
+        check_number(args.n, args.force, "images (--n)")
     first = rank_and_size()[0] == 0
     told = first and (args.dir or args.npz or args.score)                  # before the file can be another one
     weights_hash = data.file_hash(args.ckpt) if told and os.path.isfile(args.ckpt) else ""
@@ -1026,8 +1055,9 @@ def make_images(args, given):
     if args.out or args.dir or args.npz or args.score:
         scorer = None
         if reference:
-            scorer = Scorer(reference, args.inception, args.force, args.batch, args.workers)
+            scorer = Scorer(reference, args.inception, args.force, args.batch, args.workers, args.resize)
             scorer.check_size(cfg.input_size * (vae.factor if vae else 1))
+            warn_of_number(args.n)
         with parts_folder(args, settings) as folder:
             make_parts(model, cfg, vae, folder, args.n, classes, args.seed, args.batch)
             stats = scorer.look(made(folder, args.n, *rank_and_size()), args.n) if scorer else None
@@ -1059,17 +1089,20 @@ def make_reference(args):
     dataset, precision = data.open_pictures(args.reference, args.size), "bf16" if args.bf16 else "fp32"
     start = time.time()
     images = read_share(dataset, args.batch, args.workers)
-    stats = statistics(inception, images, len(dataset), precision, args.resize)
+    resize = args.resize or "pytorch"
+    stats = statistics(inception, images, len(dataset), precision, resize)
     n = stats["images"]
+    if not stats["mu"].isfinite().all():
+        raise ValueError("the features of these images are not finite; are the Inception weights damaged?")
     check_number(n, force=True)
     warn_of_number(n)
     if rank_and_size()[0] == 0:
         source = args.reference + (" (cropped and resized)" if args.size else "")
         write_reference(args.out, stats, {"source": source, "images": n, "size": dataset.size,
-                                          "inception": inception_hash, "arithmetic": precision, "resize": args.resize})
+                                          "inception": inception_hash, "arithmetic": precision, "resize": resize})
         print(f"wrote {args.out}: statistics of {n} images ({dataset.size} x {dataset.size}), features of "
-              f"{len(stats['features'])}; Inception {inception_hash} in {precision}, {RESIZES[args.resize]}, "
-              f"{n / (time.time() - start):.1f} images/s")
+              f"{len(stats['features'])}, {n / (time.time() - start):.1f} images/s; Inception {inception_hash} in "
+              f"{precision}, {RESIZES[resize]}{unless_published(inception_hash)}")
 
 
 def score_images(args):
@@ -1078,9 +1111,9 @@ def score_images(args):
         raise ValueError("--images PATH needs --score REF.npz (make one with --reference)")
     dataset = data.open_pictures(args.images, args.size)
     check_number(len(dataset), args.force)
-    warn_of_number(len(dataset))
-    scorer = Scorer(args.score, args.inception, args.force, args.batch, args.workers)
+    scorer = Scorer(args.score, args.inception, args.force, args.batch, args.workers, args.resize)
     scorer.check_size(dataset.size)
+    warn_of_number(len(dataset))
     stats, first = scorer.look(read_share(dataset, args.batch, args.workers), len(dataset)), rank_and_size()[0] == 0
     leave_processes()                                                      # comparing may take rank 0 some minutes
     if first:
@@ -1113,7 +1146,7 @@ def bench(args, given):
 
 # What the three commands that make no images take.
 OTHER_COMMANDS = {"reference": ["reference", "out", "inception", "batch", "workers", "size", "bf16", "resize"],
-                  "images": ["images", "score", "force", "inception", "batch", "workers", "size"],
+                  "images": ["images", "score", "force", "inception", "batch", "workers", "size", "resize"],
                   "bench": ["bench", "ckpt", "preset", "raw", "batch", *SAMPLING]}
 
 
@@ -1126,11 +1159,10 @@ def run(args):
     other = next((name for name in OTHER_COMMANDS if name in args.given), None)
     if other:
         wrong, where = args.given - set(OTHER_COMMANDS[other]), f"with --{other}"
-    elif args.given & {"size", "bf16", "resize"}:
-        wrong, where = args.given & {"size", "bf16", "resize"}, "without --images or --reference"
+    elif args.score in (None, "shapes"):
+        wrong, where = args.given & {"force", "inception", "workers", "resize"}, "without --score REF"
     else:
-        scored = args.score not in (None, "shapes")
-        wrong, where = set() if scored else args.given & {"force", "inception", "workers"}, "without --score REF"
+        wrong, where = args.given & {"size", "bf16"}, "here: what is scored follows the reference"
     if wrong:
         raise ValueError(f"{' and '.join(map(flag_of, sorted(wrong)))} cannot be used {where}")
     if other == "reference":
@@ -1173,14 +1205,20 @@ def main():
                                                  "(default: they all have one size)")
     parser.add_argument("--bf16", action="store_true", help="a reference, and all scores against it, in bf16: faster, "
                                                             "and comparable with nothing else")
-    parser.add_argument("--resize", choices=list(RESIZES), default="pytorch",
-                        help="how a reference, and what is scored against it, comes to Inception's 299 pixels; "
-                             "tensorflow: as in the evaluators of ADM and EDM")
+    parser.add_argument("--resize", choices=list(RESIZES),
+                        help="how a reference, and what is scored against it, comes to Inception's 299 pixels (default "
+                             "pytorch); tensorflow: as in the evaluators of ADM and EDM, and for their references")
     parser.add_argument("--workers", type=int, default=2, help="processes that read images to be scored")
     parser.add_config(SAMPLING)
     args = parser.parse_args()
     args.given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # as Ctrl-C: leave nothing behind
+
+    def end(number, frame):                                                # as Ctrl-C: leave nothing behind
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)                  # torch would raise for each worker that ends
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
     run_command(parser, lambda: run(args), f"pass a --batch below {args.batch}",
                 "with --npz or --dir, the same command goes on")
 

@@ -2309,6 +2309,9 @@ def test_many_images_are_the_same_in_any_division_and_after_a_kill():
             parts = root / f"{name}.parts"
             assert [p.name for p in sorted(parts.glob("*.npy"))] == [f"{k:08}.npy" for k in (0, 2, 4, 6, 8)]
             (root / name).write_bytes(b"half of it")                       # as if it had been killed while writing
+            complains(sample, *flags, "--npz", root / name, "--n", 9, words=[name, "exists"])  # is it ours?
+            (parts / sample.OUTPUTS).write_text(str(root / name))
+            complains(sample, *flags, "--npz", root / name, "--n", 8, words=["already holds 9 images", "--n 9"])
             (parts / "00000004.npy").unlink()
             (parts / "00000006.npy").write_bytes((parts / "00000006.npy").read_bytes()[:500])
             assert sample.missing(parts, 11, 3) == [(4, 7), (7, 8), (9, 11)]
@@ -2624,6 +2627,8 @@ def test_references_of_all_kinds():
             np.savez_compressed(root / "edm.npz", mu=ref["mu"], sigma=ref["sigma"])
         expected, provenance = score(root / "ref.npz")
         assert "as in TensorFlow" in provenance and expected["fid"] > 0 and len(expected) == 5
+        assert "as in pytorch-fid" in score(root / "adm.npz", "--resize", "pytorch")[1]
+        complains(sample, *flags(root / "ref.npz", "--resize", "pytorch"), words=["ref.npz", "--resize tensorflow"])
         scores, provenance = score(root / "adm.npz", "--batch", 7)
         assert scores == expected and "as in TensorFlow" in provenance
         assert "made elsewhere" in provenance and "precision and recall by its 30 images" in provenance
@@ -2699,7 +2704,7 @@ def test_reading_images_to_score_them():
         complains(sample, "--images", root / "mixed", words=["--score"])
         complains(sample, "--images", root / "mixed", "--score", "x", "--cfg", 3, "--n", 3,
                   words=["--cfg and --n cannot", "--images"])
-        complains(sample, "--ckpt", "x", "--bf16", words=["--bf16", "--reference"])
+        complains(sample, "--ckpt", "x", "--score", "y", "--bf16", words=["--bf16", "follows the reference"])
         complains(sample, "--ckpt", "x", "--force", *weights, words=["--force and --inception", "without --score REF"])
         complains(sample, "--bench", "--score", "x", words=["--score", "--bench"])
 
@@ -2715,7 +2720,7 @@ def test_scores_of_samples_in_one_process_and_in_two():
         weights, ref = ("--inception", root / "inception.pth"), root / "ref.npz"
         command(sample, "--reference", save_images(root / "a.npz", 20), "--out", ref, *weights)
         flags = ("--ckpt", path, "--n", 11, "--score", ref, *weights, "--classes", "3,1", "--cfg", 2)
-        complains(sample, *flags, words=["11 images are too few", "--force"])
+        complains(sample, *flags, words=["11 images (--n) are too few", "--force"])
         code, said = command(sample, *flags, "--force", "--npz", root / "made.npz")
         assert code == 0, said
         expected, provenance = scores_said(said)
@@ -2850,16 +2855,18 @@ def test_scores_while_training():
         no = lambda *more, words: complains(train, *TINY, "--out", root / "no", "--kimg", 0.08, *more, words=words)
         no("--score-every", 1, words=["--score-every 1 needs --score-ref"])
         no("--score-ref", "x", words=["--score-ref x needs --score-every"])
-        no(*flags[:-1], words=["70 images are too few", "--force"])
+        no(*flags[:-1], words=["70 images (--score-n) are too few", "--force"])
         no(*flags, "--input-size", 16, words=["16 x 16", "32 x 32"])
 
 
 def test_the_best_checkpoint_is_the_best_of_its_kind():
     with folder() as root, contextlib.redirect_stderr(io.StringIO()):
+        (root / "best.pt").write_bytes(b"by other scores")
         progress = train.Progress(configs.PRESETS["shapes"], root, torch.device("cpu"), data.Shapes(32))
         best = [progress.scored(step, {"fid": fid, "is": 1.0}, kind, "") for step, (fid, kind) in enumerate(
             [(3.0, "a"), (1.0, "a"), (2.0, "a"), (2.0, "b"), (1.0, "a"), (1.5, "b")])]
-    assert best == [True, True, False, True, False, True]
+        assert best == [True, True, False, True, False, True]
+        assert (root / "best-before-000000.pt").read_bytes() == b"by other scores"
 
 
 def test_scores_while_training_in_two_processes():

@@ -352,7 +352,7 @@ def open_folder(out, cfg, overwrite):
         raise ValueError(f"--out {out} is a file; give a folder")
     if config.exists() and overwrite:
         for file in numbered(out) + [file for pattern in ("log.jsonl", "loss.png", "samples-*.png", "last.pt",
-                                                          "previous.pt", "best.pt", "config.json")
+                                                          "previous.pt", "best*.pt", "config.json")
                                           for file in out.glob(pattern)]:
             file.unlink()                                                  # config.json last: it marks the folder
     elif config.exists():
@@ -449,7 +449,6 @@ class Progress:
             self.note(entry)
             self.seen, self.norms, self.timed, self.busy, self.waited = [], [], 0, 0.0, 0.0
 
-
     def note(self, entry):
         """Into the log."""
         self.log.append(entry)
@@ -460,6 +459,10 @@ class Progress:
     def scored(self, step, scores, kind, provenance):
         """Show and log the scores after so many steps -> is this FID the lowest of its kind, of those that compare?"""
         before = [entry["fid"] for entry in self.log if entry.get("kind") == kind]
+        best, name = self.out / "best.pt", f"best-before-{step * self.cfg.batch_size // 1000:06}.pt"
+        if self.writes and not before and best.exists():                   # by another measure: not to be compared
+            link(best, best.with_name(name))
+            say(f"{best} was best by other scores; it stays as {name}")
         kimg = step * self.cfg.batch_size / 1000
         self.note({"step": step, "kimg": kimg, **scores, "kind": kind, "provenance": provenance})
         if self.writes:
@@ -782,14 +785,16 @@ def open_vae(cfg, dataset):
 def open_scorer(cfg, vae, force):
     """What scores the samples while training, or None. ValueError without a VAE for latents, for too few images, and as
     sample.Scorer says it."""
+    if not cfg.score_every and force:
+        raise ValueError("--force is for --score-every, which is not given")
     if not cfg.score_every:
         return None
     if cfg.in_channels != 3 and not vae:
         raise ValueError("--score-every scores pictures, and this network makes latents; pass --vae FILE")
-    sample.check_number(cfg.score_n, force)
-    sample.warn_of_number(cfg.score_n)
+    sample.check_number(cfg.score_n, force, "images (--score-n)")
     scorer = sample.Scorer(cfg.score_ref, cfg.inception, force, workers=cfg.workers)
     scorer.check_size(cfg.input_size * (vae.factor if vae else 1))
+    sample.warn_of_number(cfg.score_n)
     return scorer
 
 
