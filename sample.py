@@ -362,6 +362,12 @@ def recipe(cfg, seed=0, classes=None):
                       f"in {arithmetic_of(cfg.precision, default_device())}"])
 
 
+def made_by(weights, weights_hash, cfg, vae_hash, seed=0, classes=None):
+    """What made images, in words: the weights, the VAE where there is one (vae_hash: else ""), and the recipe."""
+    decoder = f" and {cfg.vae} ({vae_hash})" if vae_hash else ""
+    return f"{weights} ({weights_hash}){decoder}, {recipe(cfg, seed, classes)}"
+
+
 def save_samples(model, cfg, path, vae=None):
     """The grid that training shows: always the same noise and classes. Four rows of classes, or 36 images, divided
     over the processes; rank 0 writes it."""
@@ -801,9 +807,9 @@ def check_number(n, force, what="images"):
                          f"--force to score them anyway (2 at least)")
 
 
-def warn_of_number(n, what="images"):
+def warn_of_number(n):
     if n < 50_000 and rank_and_size()[0] == 0:
-        print(f"only {n} {what}: fewer than the 50000 of papers raise FID; compare it only with scores of as many",
+        print(f"only {n} images: fewer than the 50000 of papers raise FID; compare it only with scores of as many",
               file=sys.stderr)
 
 
@@ -1072,10 +1078,9 @@ def make_images(args, given):
                     result = f"{100 * share:.1f} % named right"
                     judge = f"by a classifier that names {100 * real:.1f} % of real shapes right"
                 if args.score:
-                    decoder = f" and {cfg.vae} ({vae_hash})" if vae else ""
                     n = counted(stats["images"]) if scorer else f"{args.n} images"
-                    print(f"{result}\n  {n} by the {model.provenance} ({weights_hash}){decoder}, "
-                          f"{recipe(cfg, args.seed, classes)}; {judge}", flush=True)
+                    maker = made_by(model.provenance, weights_hash, cfg, vae_hash, args.seed, classes)
+                    print(f"{result}\n  {n} by the {maker}; {judge}", flush=True)
                 write(args, cfg, folder, classes, labels)
     if args.gif and first:
         save_film(model, cfg, args.gif, min(args.n, FILM), vae, classes, args.seed)

@@ -252,6 +252,17 @@ def launch(script, *flags, prepare="pass", stdout=subprocess.DEVNULL, **environm
                             env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
 
+@contextlib.contextmanager
+def one_thread():
+    """As in each of two processes: the order of sums depends on it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def in_two_processes(act, *args):
     """Call act(*args) in two processes that have met; an error in one of them is an error here."""
     context = torch.multiprocessing.start_processes(
@@ -2052,13 +2063,9 @@ def train_small_networks(root):
 def test_two_processes_equal_one():
     """Two processes of one micro-batch each, and one process of two: weights, EMA, optimizer, timesteps, log and the
     images made on the way, bit for bit."""
-    threads = torch.get_num_threads()
     with folder() as one, folder() as two:
-        try:
-            torch.set_num_threads(1)
+        with one_thread():
             train_small_networks(one)
-        finally:
-            torch.set_num_threads(threads)
         in_two_processes(train_small_networks, two)
         for name in SMALL_NETWORKS:
             a, b = (torch.load(root / name / "last.pt", weights_only=True) for root in (one, two))
@@ -2661,7 +2668,8 @@ def test_reading_images_to_score_them():
     with small_inception() as root:
         weights = ("--inception", root / "inception.pth")
         make = lambda source, *more: (sample, "--reference", source, "--out", root / "out.npz", *weights, *more)
-        images, _ = arrays_of(save_images(root / "a.npz", 5))
+        with np.load(save_images(root / "a.npz", 5)) as file:
+            images = file["arr_0"]
         dataset = data.open_dataset(root / "a.npz")
         assert isinstance(dataset.images, np.memmap) and dataset.size == 32
         assert np.array_equal(dataset.read(3), images[3])
@@ -2707,11 +2715,6 @@ def test_reading_images_to_score_them():
         complains(sample, "--ckpt", "x", "--score", "y", "--bf16", words=["--bf16", "follows the reference"])
         complains(sample, "--ckpt", "x", "--force", *weights, words=["--force and --inception", "without --score REF"])
         complains(sample, "--bench", "--score", "x", words=["--score", "--bench"])
-
-
-def arrays_of(path):
-    with np.load(path) as file:
-        return file["arr_0"], file["arr_1"] if "arr_1" in file else None
 
 
 def test_scores_of_samples_in_one_process_and_in_two():
@@ -2875,12 +2878,8 @@ def test_scores_while_training_in_two_processes():
                 one / "inception.pth")
         for name in ("ref.npz", "inception.pth"):
             (two / name).write_bytes((one / name).read_bytes())
-        threads = torch.get_num_threads()
-        try:
-            torch.set_num_threads(1)
+        with one_thread():
             scored_runs(one)
-        finally:
-            torch.set_num_threads(threads)
         in_two_processes(scored_runs, two)
         logs = [[json.loads(line) for line in (root / "run/log.jsonl").read_text().splitlines()] for root in (one, two)]
         for a, b in zip(*([entry for entry in log if "fid" in entry] for log in logs), strict=True):

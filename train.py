@@ -626,11 +626,11 @@ def train(cfg, dataset, out, weights=None, device=None, vae=None, scorer=None):
             scores = score(trainer.ema.model, cfg, scorer, vae, stop, device, min(64, trainer.micro))
         except Stopped as stopped:
             return stopped.args[0]
-        recipe, vae_hash = sample.recipe(cfg), data.weights_hash(vae) if vae else ""
+        vae_hash = data.weights_hash(vae) if vae else ""
+        maker = sample.made_by("EMA weights", data.weights_hash(trainer.ema.model), cfg, vae_hash)
         best = progress.scored(
-            done, scores, f"{cfg.score_n}; {recipe}; {vae_hash}; {scorer.hash}; {scorer.inception_hash}",
-            f"{sample.counted(cfg.score_n)} by the EMA weights ({data.weights_hash(trainer.ema.model)})"
-            + (f" and {cfg.vae} ({vae_hash})" if vae else "") + f", {recipe}; {scorer.provenance()}")
+            done, scores, f"{cfg.score_n}; {sample.recipe(cfg)}; {vae_hash}; {scorer.hash}; {scorer.inception_hash}",
+            f"{sample.counted(cfg.score_n)} by the {maker}; {scorer.provenance()}")
         sample.on_rank_0(lambda: draw_curves(progress.log, out / "loss.png"))
         sample.on_rank_0(lambda: save_checkpoint(out / "last.pt", cfg, done, trainer, progress,
                                                  out / "best.pt" if best else None))
@@ -785,9 +785,9 @@ def open_vae(cfg, dataset):
 def open_scorer(cfg, vae, force):
     """What scores the samples while training, or None. ValueError without a VAE for latents, for too few images, and as
     sample.Scorer says it."""
-    if not cfg.score_every and force:
-        raise ValueError("--force is for --score-every, which is not given")
     if not cfg.score_every:
+        if force:
+            raise ValueError("--force is for --score-every, which is not given")
         return None
     if cfg.in_channels != 3 and not vae:
         raise ValueError("--score-every scores pictures, and this network makes latents; pass --vae FILE")
