@@ -1,15 +1,41 @@
-"""Config, every preset, and the command line they make: each field below is a flag of train.py.
+"""The ground floor: Config, every preset, the command line, and the machine that it all runs on.
 
-`python configs.py` prints the presets with parameters and GFLOPs counted from the networks themselves.
+Each field of `Config` is a flag of train.py, and its sentence below is the flag's --help. A preset
+is a Config with a name. The machine, in the last part of the file, is everything that is neither
+network nor diffusion: processes, precision, seeds, messages, files that appear whole. Every other
+file may import this one; it imports none of them.
+
+`python configs.py` lists the presets with parameters and GFLOPs counted from the networks.
 """
+
 import argparse
+import contextlib
 import dataclasses
+import datetime
 import difflib
+import gc
+import itertools
 import math
+import multiprocessing
+import os
+import signal
+import sys
+import time
 from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+class UserError(ValueError):
+    """A mistake of the person at the keyboard, in one sentence: what was given, what was expected,
+    what to do. Commands print it without a traceback; every other exception keeps its own."""
 
 
 def flag_of(name):
+    """lr_decay -> --lr-decay"""
     return "--" + name.replace("_", "-")
 
 
@@ -19,337 +45,868 @@ def nearest(word, known):
     return f"; did you mean {match[0]}?" if match else ""
 
 
-def one_of(default, *choices):
-    return dataclasses.field(default=default, metadata={"choices": choices})
+# -------------------------------------------------------------------------------------------------
+# Config
 
 
-def only(where, default, *choices):
-    """A field that has a meaning only for these networks or this process; elsewhere setting it is an error."""
-    return dataclasses.field(default=default, metadata={"only": where.split(), "choices": choices})
+def option(default, text, choices="", only="", positive=False, signed=False):
+    """A field of Config. text: its --help. choices: the words it takes. only: the networks or
+    processes that it is for; elsewhere it must keep its default. Numbers are 0 or more, unless
+    they must be positive or may be signed."""
+    metadata = dict(
+        help=text, choices=choices.split(), only=only.split(), positive=positive, signed=signed
+    )
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+# Where each group of fields begins, and its heading in --help.
+GROUPS = {
+    "data": "data",
+    "model": "network",
+    "process": "diffusion process",
+    "sampler": "sampling",
+    "kimg": "training",
+    "precision": "machine",
+    "tick_kimg": "output and scores",
+}
+
+TRANSFORMERS = "diffit dit"
+UNETS = "unet ddpmpp"
+CONTINUOUS = "edm vp ve"
 
 
 @dataclass(frozen=True)
 class Config:
+    """Everything that a run depends on. UserError where values do not fit one another."""
+
     # Data
-    data: str = ""                    # what --data takes; "" where it must be passed
-    vae: str = ""                     # file of the autoencoder that makes latents into pictures
-    xflip: bool = False               # mirror half of the images
-    augment: float = 0.0              # probability of each of EDM's augmentations (pixels only)
+    data: str = option("", "images or latents to train on; required unless the preset has its own")
+    vae: str = option("", "weights of the autoencoder that turns latents into images")
+    xflip: bool = option(False, "mirror half of the images")
+    augment: float = option(0.0, "probability of each of EDM's augmentations; pixels only")
     # Network
-    model: str = one_of("diffit", "diffit", "dit", "unet", "ddpmpp")
-    input_size: int = 32              # height and width of x: pixels, or latents of 1/8 of the pixels
-    in_channels: int = 3              # 3 for pixels, 4 for latents
-    num_classes: int = 0              # 0: unconditional
-    class_dropout_prob: float = 0.1   # share of labels replaced by "no class", for guidance
-    learn_sigma: bool = False         # a second set of output channels for the variance (ddpm)
-    time_in: str = only("diffit unet ddpmpp", "qkv", "qkv", "token", "bias", "mlp", "none")  # diffit.py explains them
-    time_embedding: str = one_of("positional", "positional", "fourier", "none")
-    num_heads: int = 4
-    mlp_ratio: float = 4.0            # hidden width of the MLPs / width
-    patch_size: int = only("diffit dit", 0)         # pixels or latents on a side of a token
-    hidden_size: int = only("diffit dit", 0)        # width D
-    depth: int = only("diffit dit", 0)              # blocks
-    embed_gain: float = only("diffit dit", 1.0)     # of the tokens at the start of training: patches and positions
-    channels: tuple = only("unet ddpmpp", ())       # width at each resolution, finest first
-    blocks: tuple = only("unet ddpmpp", ())         # ResBlocks at each resolution
-    cond_size: int = only("unet ddpmpp", 512)       # width of the time token
-    dropout: float = only("unet ddpmpp", 0.0)
-    window: int = only("unet", 8)                   # side of an attention window, tokens
-    encoder: str = only("unet", "diffit", "diffit", "plain", "vit")    # the halves of DiffiT Table 4
-    decoder: str = only("unet", "diffit", "diffit", "plain", "setr")
+    model: str = option(
+        "diffit",
+        "diffit: latent DiffiT; dit: DiT; unet: image-space DiffiT; ddpmpp: DDPM++",
+        choices="diffit dit unet ddpmpp",
+    )
+    input_size: int = option(32, "height and width of the network's input", positive=True)
+    in_channels: int = option(3, "3 for pixels, 4 for latents", positive=True)
+    num_classes: int = option(0, "number of classes; 0: unconditional")
+    class_dropout_prob: float = option(0.1, "share of labels replaced by the null class (guidance)")
+    learn_sigma: bool = option(False, "also predict the variance, in a second set of channels")
+    time_in: str = option(
+        "qkv",
+        "where the time enters a block (DiffiT Tables 6, 7); none: DDPM++'s own attention",
+        choices="qkv token bias mlp none",
+        only="diffit unet ddpmpp",
+    )
+    time_embedding: str = option(
+        "positional", "how the time is embedded (DiffiT Table 8)", choices="positional fourier none"
+    )
+    num_heads: int = option(4, "attention heads", positive=True)
+    mlp_ratio: float = option(4.0, "hidden width of the MLPs / width", positive=True)
+    patch_size: int = option(
+        0, "side of a token in pixels or latents", only=TRANSFORMERS, positive=True
+    )
+    hidden_size: int = option(0, "width of the tokens", only=TRANSFORMERS, positive=True)
+    depth: int = option(0, "number of blocks", only=TRANSFORMERS, positive=True)
+    embed_gain: float = option(1.0, "scale of the tokens at initialisation", only=TRANSFORMERS)
+    channels: tuple = option(
+        (), "width at each resolution, finest first", only=UNETS, positive=True
+    )
+    blocks: tuple = option(
+        (), "ResBlocks at each resolution, finest first", only=UNETS, positive=True
+    )
+    cond_size: int = option(512, "width of the time embedding", only=UNETS, positive=True)
+    dropout: float = option(0.0, "dropout in the ResBlocks", only=UNETS)
+    window: int = option(8, "side of an attention window in tokens", only="unet", positive=True)
+    encoder: str = option(
+        "diffit", "encoder (DiffiT Table 4)", choices="diffit plain vit", only="unet"
+    )
+    decoder: str = option(
+        "diffit", "decoder (DiffiT Table 4)", choices="diffit plain setr", only="unet"
+    )
     # Process
-    process: str = one_of("ddpm", "ddpm", "edm", "vp", "ve")
-    diffusion_steps: int = only("ddpm", 1000)       # T
-    timesteps: str = only("ddpm", "uniform", "uniform", "loss-aware")  # how training draws them
-    schedule: str = only("ddpm", "linear", "linear", "cosine")
-    fixed_variance: str = only("ddpm", "small", "small", "large")  # used without learn_sigma
-    sigma_data: float = only("edm", 0.5)            # standard deviation of the data
-    p_mean: float = only("edm", -1.2)               # training noise: ln sigma ~ N(p_mean, p_std^2)
-    p_std: float = only("edm", 1.2)
-    sigma_min: float = only("edm vp ve", 0.002)     # range and spacing of the sampler's sigmas
-    sigma_max: float = only("edm vp ve", 80.0)
-    rho: float = only("edm vp ve", 7.0)
+    process: str = option(
+        "ddpm",
+        "ddpm: discrete timesteps; edm: Karras et al. 2022; vp, ve: Song et al. 2021's SDEs",
+        choices="ddpm edm vp ve",
+    )
+    diffusion_steps: int = option(1000, "number of timesteps T", only="ddpm", positive=True)
+    timesteps: str = option(
+        "uniform", "how training draws timesteps", choices="uniform loss-aware", only="ddpm"
+    )
+    schedule: str = option("linear", "noise schedule", choices="linear cosine", only="ddpm")
+    fixed_variance: str = option(
+        "small",
+        "variance of a sampling step without --learn-sigma",
+        choices="small large",
+        only="ddpm",
+    )
+    sigma_data: float = option(0.5, "standard deviation of the data", only="edm", positive=True)
+    p_mean: float = option(-1.2, "mean of ln sigma in training", only="edm", signed=True)
+    p_std: float = option(
+        1.2, "standard deviation of ln sigma in training", only="edm", positive=True
+    )
+    sigma_min: float = option(
+        0.002, "the sampler's lowest noise level", only=CONTINUOUS, positive=True
+    )
+    sigma_max: float = option(
+        80.0, "the sampler's highest noise level", only=CONTINUOUS, positive=True
+    )
+    rho: float = option(
+        7.0, "spacing of the sampler's noise levels", only=CONTINUOUS, positive=True
+    )
     # Sampling
-    sampler: str = one_of("ddpm", "ddpm", "ddim", "dpmpp", "heun")
-    steps: int = 250                  # noise levels visited
-    clip: bool = False                # keep x_0 in [-1, 1] on the way (pixels only)
-    cfg: float = 1.0                  # guidance scale; 1: none
-    cfg_schedule: str = one_of("constant", "constant", "power-cosine")  # power-cosine: over timesteps (ddpm)
-    cfg_channels: int = 0             # guide only the first channels; 0: all
-    cfg_exact: bool = False           # run the unguided half even where the scale is within 0.01 of 1
-    cfg_interval: tuple = ()          # guide only at noise levels sigma from LOW to HIGH; (): at all
-    eta: float = 0.0                  # ddim's noise: 0 none, 1 as much as ddpm
-    churn: float = only("edm vp ve", 0.0)           # noise that heun adds on the way (EDM's S_churn)
-    churn_interval: tuple = only("edm vp ve", ())   # at sigmas from LOW to HIGH (S_tmin, S_tmax); (): at all
-    churn_noise: float = only("edm vp ve", 1.0)     # and how much (S_noise)
+    sampler: str = option("ddpm", "sampling method", choices="ddpm ddim dpmpp heun")
+    sampling_steps: int = option(250, "noise levels that the sampler visits", positive=True)
+    clip_denoised: bool = option(False, "keep predicted images in [-1, 1]; pixels only")
+    cfg_scale: float = option(1.0, "scale of classifier-free guidance; 1: none")
+    cfg_schedule: str = option(
+        "constant",
+        "power-cosine: grows to --cfg-scale over the timesteps",
+        choices="constant power-cosine",
+    )
+    cfg_channels: int = option(0, "guide only the first channels; 0: all")
+    cfg_exact: bool = option(False, "run the null half even where the scale is within 0.01 of 1")
+    cfg_interval: tuple = option((), "guide only at noise levels sigma from LOW to HIGH (LOW,HIGH)")
+    eta: float = option(0.0, "noise of ddim: 0 none, 1 as much as ddpm")
+    churn: float = option(0.0, "noise that heun adds on the way (EDM's S_churn)", only=CONTINUOUS)
+    churn_interval: tuple = option(
+        (), "add it only at noise levels from LOW to HIGH (S_tmin, S_tmax)", only=CONTINUOUS
+    )
+    churn_noise: float = option(1.0, "scale of that noise (S_noise)", only=CONTINUOUS)
     # Training
-    kimg: float = 1000.0              # length, thousands of images
-    batch_size: int = 256             # images a step, over all processes
-    micro_batch: int = 0              # images a forward pass; 0: all of a process's share of the batch
-    lr: float = 1e-4
-    lr_rampup_kimg: float = 0.0       # linear ramp from 0
-    lr_decay: str = one_of("constant", "constant", "cosine")  # cosine: to 0 at the end
-    beta2: float = 0.999              # Adam's second beta; the first is 0.9, eps 1e-8
-    weight_decay: float = 0.0         # AdamW's, decoupled
-    grad_clip: float = 0.0            # largest gradient norm; 0: no limit
-    nonfinite: str = one_of("skip", "skip", "zero")  # gradients that are no numbers: leave the step out, or set them to 0
-    ema_decay: float = 0.0            # per step; 0: by half-life instead
-    ema_halflife_kimg: float = 500.0
-    ema_rampup: float = 0.05          # half-life at most this share of the images seen; 0: no ramp
-    seed: int = 0
+    kimg: float = option(1000.0, "length of training in thousands of images", positive=True)
+    batch_size: int = option(256, "images per step, over all processes", positive=True)
+    micro_batch: int = option(0, "images per forward pass; 0: the process's whole share")
+    lr: float = option(1e-4, "learning rate", positive=True)
+    lr_rampup_kimg: float = option(0.0, "length of the linear ramp from 0")
+    lr_decay: str = option("constant", "cosine: decays to 0 at the end", choices="constant cosine")
+    beta2: float = option(0.999, "Adam's second beta; the first is 0.9, eps 1e-8")
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay")
+    grad_clip: float = option(0.0, "largest norm of the gradient; 0: no limit")
+    nonfinite_grads: str = option(
+        "skip",
+        "skip: leave out a step with non-finite gradients; zero: set them to 0",
+        choices="skip zero",
+    )
+    ema_decay: float = option(0.0, "decay of the weights' moving average per step; 0: by half-life")
+    ema_halflife_kimg: float = option(500.0, "half-life of that average")
+    ema_rampup: float = option(0.05, "half-life at most this share of the images seen; 0: no ramp")
+    seed: int = option(0, "seed of the weights, the noise and the order of the data")
     # Machine
-    precision: str = one_of("auto", "auto", "bf16", "fp16", "tf32", "fp32")  # auto: bf16 where the hardware is fast at it
-    compile: bool = False             # torch.compile each block
-    checkpoint_blocks: bool = False   # keep only what enters each block, and compute the rest again in backward
-    workers: int = 2                  # processes that read data
+    precision: str = option(
+        "auto",
+        "arithmetic of the network; auto: bf16 where the hardware is fast at it, else fp32",
+        choices="auto bf16 fp16 tf32 fp32",
+    )
+    compile: bool = option(False, "torch.compile each block")
+    grad_checkpointing: bool = option(
+        False, "recompute blocks in the backward pass instead of storing activations"
+    )
+    workers: int = option(2, "processes that read data")
     # Output
-    tick_kimg: float = 10.0           # between log lines
-    sample_kimg: float = 1000.0       # between sample grids
-    save_kimg: float = 1000.0         # between checkpoints that stay; last.pt is written at these and at the grids
-    keep: int = 0                     # how many of them stay, the newest; 0: all
-    score_every: float = 0.0          # kimg between scores of EMA samples, FID and others; 0: none
-    score_n: int = 10_000             # samples that a score compares
-    score_ref: str = ""               # with this reference, made by sample.py --reference, or ADM's
-    inception: str = ""               # file of Inception's weights; "": looked for by its published name
+    tick_kimg: float = option(10.0, "thousands of images between log lines", positive=True)
+    sample_kimg: float = option(1000.0, "between sample grids", positive=True)
+    save_kimg: float = option(
+        1000.0,
+        "between numbered checkpoints; last.pt is saved at these and at the grids",
+        positive=True,
+    )
+    keep: int = option(0, "numbered checkpoints that are kept, the newest; 0: all")
+    score_every: float = option(0.0, "thousands of images between scores of EMA samples; 0: none")
+    score_n: int = option(10_000, "samples per score")
+    score_ref: str = option("", "reference of the scores, from sample.py --reference or ADM's")
+    inception: str = option("", "weights of Inception; default: found by their published name")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, flag = getattr(self, field.name), flag_of(field.name)
-            choices, where = field.metadata.get("choices"), field.metadata.get("only")
-            if choices and value not in choices:
-                raise ValueError(f"{flag} {value} is unknown; it takes {', '.join(choices)}" + nearest(str(value), choices))
-            if where and self.model not in where and self.process not in where and value != field.default:
-                raise ValueError(f"{flag} has no meaning here: it belongs to {' and '.join(where)}, and this is {self.model} with {self.process}")
-            if isinstance(value, (int, float)) and not (math.isfinite(value) and (value >= 0 or field.name == "p_mean")):
-                raise ValueError(f"{flag} {value} is out of range; it must be 0 or more")
-        sizes = (["patch_size", "hidden_size", "depth"] if self.model in ("diffit", "dit")
-                 else ["channels", "blocks", "cond_size"] + ["window"] * (self.model == "unet"))
-        for name in sizes + ["input_size", "in_channels", "num_heads", "mlp_ratio", "steps", "kimg", "batch_size", "lr", "tick_kimg",
-                             "sample_kimg", "save_kimg", "diffusion_steps", "sigma_data", "sigma_min", "sigma_max", "rho", "p_std"]:
-            if not getattr(self, name) or (isinstance(getattr(self, name), tuple) and min(getattr(self, name)) < 1):
-                raise ValueError(f"{flag_of(name)} {getattr(self, name)} must be above 0 for {self.model} with {self.process}")
-        if not all(isinstance(n, int) for n in self.channels + self.blocks):
-            raise ValueError(f"--channels {self.channels} and --blocks {self.blocks} must be whole numbers")
-        if self.sigma_min >= self.sigma_max:
-            raise ValueError(f"--sigma-min {self.sigma_min} must be below --sigma-max {self.sigma_max}")
-        if self.diffusion_steps < 2:
-            raise ValueError(f"--diffusion-steps {self.diffusion_steps} must be 2 or more")
-        if self.eta > 1 or (self.eta and self.sampler != "ddim"):
-            raise ValueError(f"--eta {self.eta} is a number from 0 to 1 for --sampler ddim, and this is {self.sampler}")
-        if min(self.sample_kimg, self.save_kimg) < 1:
-            raise ValueError(f"--sample-kimg {self.sample_kimg} and --save-kimg {self.save_kimg} must be 1 or more: files "
-                             f"are named by whole thousands of images")
-        if bool(self.score_every) != bool(self.score_ref):
-            raise ValueError(f"--score-every {self.score_every:g} needs --score-ref FILE, a reference" if self.score_every else
-                             f"--score-ref {self.score_ref} needs --score-every KIMG")
-        if self.micro_batch and self.batch_size % self.micro_batch:
-            raise ValueError(f"--micro-batch {self.micro_batch} does not divide --batch-size {self.batch_size}")
+            self.check_field(field, getattr(self, field.name))
+        for sentence in itertools.chain(self.conflicts(), self.sampling_conflicts()):
+            raise UserError(sentence)
+
+    def check_field(self, field, value):
+        """One field by itself: a word that is known, a place where it has a meaning, a range."""
+        flag = flag_of(field.name)
+        choices = field.metadata["choices"]
+        only = field.metadata["only"]
+        here = f"{self.model} with {self.process}"
+        if choices and value not in choices:
+            hint = nearest(str(value), choices)
+            raise UserError(f"{flag} {value} is unknown; it takes {', '.join(choices)}{hint}")
+        if only and self.model not in only and self.process not in only:
+            if value != field.default:
+                raise UserError(f"{flag} is for {' and '.join(only)}, and this is {here}")
+            return  # what has no meaning here has no range either
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, str):
+                continue
+            if not math.isfinite(number) or (number < 0 and not field.metadata["signed"]):
+                raise UserError(f"{flag} {value} is out of range; it must be 0 or more")
+        if field.metadata["positive"] and not (value and min(np.atleast_1d(value)) > 0):
+            raise UserError(f"{flag} {value} must be above 0 for {here}")
+
+    def conflicts(self):
+        """Sentences about fields that do not fit one another: network, data and training."""
+        latents = self.in_channels != 3
         for name in ("class_dropout_prob", "dropout", "beta2", "ema_decay"):
             if getattr(self, name) >= 1:
-                raise ValueError(f"{flag_of(name)} {getattr(self, name)} must be below 1")
-        if self.cfg != 1 and not self.num_classes:
-            raise ValueError(f"--cfg {self.cfg:g} is guidance by classes, and this network has none; pass --cfg 1")
-        if self.cfg != 1 and not self.class_dropout_prob:
-            raise ValueError(f"--cfg {self.cfg:g} needs a network trained with --class-dropout-prob above 0; pass --cfg 1")
-        if self.vae and self.in_channels == 3:
-            raise ValueError(f"--vae {self.vae} has no meaning here: this network makes pixels, not latents")
-        if self.clip and self.in_channels != 3:
-            raise ValueError("--clip is for pixels, which end at -1 and 1; this network makes latents, which do not")
-        if self.augment > 1 or (self.augment and self.in_channels != 3):
-            raise ValueError(f"--augment {self.augment} is a probability, from 0 to 1, for pixels (--in-channels 3)")
-        if self.churn and self.sampler != "heun":
-            raise ValueError(f"--churn {self.churn} is for --sampler heun, and this is {self.sampler}")
+                yield f"{flag_of(name)} {getattr(self, name)} must be below 1"
+        for name in ("channels", "blocks"):
+            if not all(isinstance(number, int) for number in getattr(self, name)):
+                yield f"{flag_of(name)} {getattr(self, name)} must be whole numbers"
         if self.model == "ddpmpp" and self.time_in not in ("qkv", "none"):
-            raise ValueError(f"--time-in {self.time_in}: DDPM++ has its own attention (none) or TMSA (qkv)")
+            yield f"--time-in {self.time_in}: DDPM++ has its own attention (none) or TMSA (qkv)"
         if self.model != "ddpmpp" and self.time_in == "none":
-            raise ValueError("--time-in none leaves these blocks without the label, too; for a network that is not told the time "
-                             "pass --time-embedding none")
-        if self.model == "unet" and self.time_in != "qkv" and "diffit" not in (self.encoder, self.decoder):
-            raise ValueError(f"--time-in {self.time_in} has no meaning where neither --encoder nor --decoder is diffit")
+            yield (
+                "--time-in none would hide the label, too; for a network without the time pass "
+                "--time-embedding none"
+            )
+        timed = "diffit" in (self.encoder, self.decoder)
+        if self.model == "unet" and self.time_in != "qkv" and not timed:
+            yield f"--time-in {self.time_in} has no effect unless --encoder or --decoder is diffit"
         if self.encoder == "vit" and self.decoder != "setr":
-            raise ValueError("--encoder vit gives features of one resolution, which only --decoder setr takes")
+            yield "--encoder vit has features of one resolution, which only --decoder setr takes"
         if self.learn_sigma and self.process != "ddpm":
-            raise ValueError("--learn-sigma needs --process ddpm: there is no other variance to learn")
-        if self.cfg_schedule == "power-cosine" and self.process != "ddpm":
-            raise ValueError("--cfg-schedule power-cosine needs --process ddpm: it is a function of the timestep")
+            yield "--learn-sigma needs --process ddpm; there is no other variance to learn"
+        if self.diffusion_steps < 2:
+            yield f"--diffusion-steps {self.diffusion_steps} must be 2 or more"
+        if self.augment > 1 or (self.augment and latents):
+            yield f"--augment {self.augment} is a probability, from 0 to 1, for pixels"
+        if self.vae and not latents:
+            yield f"--vae {self.vae} is for latents, and this network generates pixels"
+        if self.micro_batch and self.batch_size % self.micro_batch:
+            yield f"--micro-batch {self.micro_batch} does not divide --batch-size {self.batch_size}"
+        for name in ("sample_kimg", "save_kimg"):  # files are named by whole thousands of images
+            if getattr(self, name) < 1:
+                yield f"{flag_of(name)} {getattr(self, name)} must be 1 or more"
+        if self.score_every and not self.score_ref:
+            yield f"--score-every {self.score_every:g} needs --score-ref FILE, a reference"
+        if self.score_ref and not self.score_every:
+            yield f"--score-ref {self.score_ref} needs --score-every KIMG"
+
+    def sampling_conflicts(self):
+        """The same for the fields of sampling."""
         for name in ("cfg_interval", "churn_interval"):
-            interval = getattr(self, name)
-            if interval and not (len(interval) == 2 and interval[0] < interval[1]):
-                raise ValueError(f"{flag_of(name)} {interval} must be two numbers, LOW,HIGH, the smaller one first")
-        if self.process == "ddpm" and self.steps > self.diffusion_steps:
-            raise ValueError(f"--steps {self.steps} is more than the process has: choose from 1 to {self.diffusion_steps}")
+            value = getattr(self, name)
+            if value and not (len(value) == 2 and value[0] < value[1]):
+                yield f"{flag_of(name)} {value} must be LOW,HIGH, LOW below HIGH"
+        if self.sigma_min >= self.sigma_max:
+            yield f"--sigma-min {self.sigma_min} must be below --sigma-max {self.sigma_max}"
+        if self.process == "ddpm" and self.sampling_steps > self.diffusion_steps:
+            yield (
+                f"--sampling-steps {self.sampling_steps} must be from 1 to {self.diffusion_steps}, "
+                f"the number of timesteps (--diffusion-steps)"
+            )
+        if self.eta > 1 or (self.eta and self.sampler != "ddim"):
+            yield f"--eta {self.eta} is from 0 to 1, for --sampler ddim; this is {self.sampler}"
+        if self.churn and self.sampler != "heun":
+            yield f"--churn {self.churn} is for --sampler heun; this is {self.sampler}"
+        if self.clip_denoised and self.in_channels != 3:
+            yield "--clip-denoised is for pixels, which lie in [-1, 1]; latents do not"
+        if self.cfg_schedule == "power-cosine" and self.process != "ddpm":
+            yield "--cfg-schedule power-cosine depends on the timestep and needs --process ddpm"
+        if self.cfg_scale != 1 and not self.num_classes:
+            yield (
+                f"--cfg-scale {self.cfg_scale:g} guides by classes, and this network has none; "
+                f"pass --cfg-scale 1"
+            )
+        if self.cfg_scale != 1 and not self.class_dropout_prob:
+            yield (
+                f"--cfg-scale {self.cfg_scale:g} needs a network trained with "
+                f"--class-dropout-prob above 0; pass --cfg-scale 1"
+            )
 
 
-# ---------------------------------------------------------------------------------------------
-# Presets: every configuration of the DiffiT paper, DiT's, and ours. Where the sources disagree or say nothing, the note
-# says what was chosen.
+# The fields that sampling depends on: sample.py takes them as flags, over those of the checkpoint.
+SAMPLING = [
+    "sampler", "sampling_steps", "eta", "churn", "churn_interval", "churn_noise", "clip_denoised",
+    "sigma_min", "sigma_max", "rho", "cfg_scale", "cfg_schedule", "cfg_channels", "cfg_interval",
+    "cfg_exact", "vae", "precision",
+]  # fmt: skip
 
-PRESETS, SOURCES = {}, {}             # name -> Config, name -> (source, reported FID or None)
-PAPER = {}                            # name -> (parameters in millions, GFLOPs) as the paper gives them
+# Earlier names, in checkpoints and on the command line, and what they are called now.
+RENAMED = {
+    "cfg": "cfg_scale",
+    "steps": "sampling_steps",
+    "clip": "clip_denoised",
+    "nonfinite": "nonfinite_grads",
+    "checkpoint_blocks": "grad_checkpointing",
+    "n": "num_images",
+    "raw": "no_ema",
+}
 
 
-def preset(name, source, fid, **fields):
-    PRESETS[name], SOURCES[name] = Config(**fields), (source, fid)
+# -------------------------------------------------------------------------------------------------
+# Presets: every configuration of the DiffiT paper, DiT's, and ours. Where the sources disagree or
+# are silent, the comment says what was chosen.
+
+PRESETS: dict[str, Config] = {}
+SOURCES = {}  # name -> (source, the FID it reports or None)
+PAPER = {}  # name -> (parameters in millions, GFLOPs) as the paper gives them
 
 
-# Built in, for two CPU cores. Trained above the noise of EDM, where shapes are decided; with a gain of 1 it learns little at first.
-preset("shapes", "this project", None, data="shapes", model="diffit", num_classes=10, patch_size=4, hidden_size=128, depth=4,
-       num_heads=4, embed_gain=4, process="edm", p_mean=-0.2, p_std=1.0, sigma_min=0.05, sigma_max=10, sampler="dpmpp", steps=18,
-       clip=True, cfg=4, kimg=130, batch_size=32, lr=4e-3, lr_rampup_kimg=1, lr_decay="cosine", beta2=0.95, grad_clip=1.0,
-       ema_halflife_kimg=3, ema_rampup=0.1, workers=1, tick_kimg=2, sample_kimg=26, save_kimg=130)
+def preset(name, source, fid, base={}, **changes):
+    """Name a Config: base, a dict of fields, with these changes."""
+    PRESETS[name] = Config(**{**base, **changes})
+    SOURCES[name] = source, fid
 
-# DiffiT, image space: Tables S.2, S.3. Blocks per resolution: S.2 and H.1 say 4; I.1 says 1,2,2,2 and 2. Heads: not said.
-# "Strictly follows EDM" (H.1): its process, augmentation, ramp, EMA and dropout; iterations, batch and rate are DiffiT's.
-EDM_UNET = dict(model="unet", process="edm", sampler="heun", lr_rampup_kimg=10_000, ema_halflife_kimg=500, nonfinite="zero", workers=4,
-                tick_kimg=50, sample_kimg=1000, save_kimg=5000)
-cifar10 = dict(EDM_UNET, input_size=32, channels=(128, 256, 256), blocks=(2, 2, 2), window=4, dropout=0.13, augment=0.12, steps=18,
-               batch_size=512, lr=1e-3, kimg=102_400)
-ffhq64 = dict(EDM_UNET, input_size=64, channels=(128, 256, 256, 256), blocks=(4, 4, 4, 4), window=8, dropout=0.05, augment=0.15,
-              xflip=True, steps=40, batch_size=256, lr=2e-4, kimg=51_200)
-preset("cifar10",       "DiffiT Table 1", 1.95, **cifar10)
-preset("ffhq64",        "DiffiT Table 1", 2.22, **ffhq64)
-preset("cifar10-l4",    "DiffiT Table S.2, the other reading of L", None, **{**cifar10, "blocks": (4, 4, 4)})
-preset("ffhq64-l1222",  "DiffiT Table S.2, the other reading of L", None, **{**ffhq64, "blocks": (1, 2, 2, 2)})
 
-# Width of the time token / of the features; 512/256 is Table 1's. Features of 512: twice the width at every resolution.
-preset("cifar10-512-512", "DiffiT Table 3", 1.99, **{**cifar10, "channels": (256, 512, 512)})
-preset("cifar10-256-256", "DiffiT Table 3", 2.13, **{**cifar10, "cond_size": 256})
-preset("ffhq64-512-512",  "DiffiT Table 3", 2.27, **{**ffhq64, "channels": (256, 512, 512, 512)})
-preset("ffhq64-256-256",  "DiffiT Table 3", 2.41, **{**ffhq64, "cond_size": 256})
+# The built-in run, for two CPU cores. It trains at higher noise than EDM, where shapes are decided;
+# with an embed_gain of 1 the tokens start small beside the blocks' output and it learns late.
+preset(
+    "shapes", "this project", None, data="shapes", num_classes=10, model="diffit",
+    patch_size=4, hidden_size=128, depth=4, num_heads=4, embed_gain=4,
+    process="edm", p_mean=-0.2, p_std=1.0, sigma_min=0.05, sigma_max=10,
+    sampler="dpmpp", sampling_steps=18, clip_denoised=True, cfg_scale=4,
+    kimg=130, batch_size=32, lr=4e-3, lr_rampup_kimg=1, lr_decay="cosine", beta2=0.95,
+    grad_clip=1.0, ema_halflife_kimg=3, ema_rampup=0.1,
+    workers=1, tick_kimg=2, sample_kimg=26, save_kimg=130,
+)  # fmt: skip
 
-# A to D; E is cifar10. ViT-12: its width and patch are not said, 512 and 2 here. Blocks without time keep their windows.
-preset("cifar10-a-vit-setr",     "DiffiT Table 4", 5.34, **{**cifar10, "encoder": "vit", "decoder": "setr", "blocks": (4, 4, 4),
-                                                            "channels": (128, 512, 512), "num_heads": 8, "dropout": 0.0})
-preset("cifar10-b-plain-setr",   "DiffiT Table 4", 4.64, **cifar10, encoder="plain", decoder="setr")
-preset("cifar10-c-plain-plain",  "DiffiT Table 4", 3.71, **cifar10, encoder="plain", decoder="plain")
-preset("cifar10-d-diffit-plain", "DiffiT Table 4", 2.27, **cifar10, decoder="plain")
+# DiffiT in image space: Tables S.2 and S.3. "Strictly follows EDM" (H.1): its process,
+# augmentation, ramp, EMA and dropout; iterations, batch size and learning rate are DiffiT's.
+# Blocks per resolution: S.2 and H.1 say 4; I.1 says 1,2,2,2 and 2. Heads: not given, 4 here.
+EDM_UNET = dict(
+    model="unet", process="edm", sampler="heun", lr_rampup_kimg=10_000, ema_halflife_kimg=500,
+    nonfinite_grads="zero", workers=4, tick_kimg=50, sample_kimg=1000, save_kimg=5000,
+)  # fmt: skip
+cifar10 = dict(
+    EDM_UNET, input_size=32, channels=(128, 256, 256), blocks=(2, 2, 2), window=4,
+    dropout=0.13, augment=0.12, sampling_steps=18, batch_size=512, lr=1e-3, kimg=102_400,
+)  # fmt: skip
+ffhq64 = dict(
+    EDM_UNET, input_size=64, channels=(128, 256, 256, 256), blocks=(4, 4, 4, 4), window=8,
+    dropout=0.05, augment=0.15, xflip=True, sampling_steps=40, batch_size=256, lr=2e-4, kimg=51_200,
+)  # fmt: skip
+# fmt: off
+preset("cifar10",      "DiffiT Table 1", 1.95, cifar10)
+preset("ffhq64",       "DiffiT Table 1", 2.22, ffhq64)
+preset("cifar10-l4",   "DiffiT Table S.2, the other reading of L", None, cifar10, blocks=(4, 4, 4))
+preset("ffhq64-l1222", "DiffiT Table S.2, the other reading of L", None, ffhq64, blocks=(1, 2, 2, 2))
 
-# Song et al. 2021's recipe for DDPM++; sampled as EDM does (what the paper did is not said).
-DDPMPP = dict(model="ddpmpp", num_heads=1, channels=(256, 256, 256), blocks=(4, 4, 4), dropout=0.1, xflip=True, sampler="heun", steps=18,
-              batch_size=128, lr=2e-4, lr_rampup_kimg=640, grad_clip=1.0, kimg=166_400, workers=4, tick_kimg=50, sample_kimg=1000,
-              save_kimg=5000)
-VE = dict(process="ve", sigma_min=0.02, sigma_max=100.0, ema_decay=0.999)
-VP = dict(process="vp", ema_decay=0.9999)
-preset("ddpmpp-ve",      "DiffiT Table 5", 3.77, **DDPMPP, **VE, time_in="none")
-preset("ddpmpp-ve-tmsa", "DiffiT Table 5", 3.49, **DDPMPP, **VE)
-preset("ddpmpp-vp",      "DiffiT Table 5", 3.01, **DDPMPP, **VP, time_in="none")
-preset("ddpmpp-vp-tmsa", "DiffiT Table 5", 2.76, **DDPMPP, **VP)
+# Width of the time token / of the features; 512/256 is Table 1's. Features of 512: twice the width
+# at every resolution.
+preset("cifar10-512-512", "DiffiT Table 3", 1.99, cifar10, channels=(256, 512, 512))
+preset("cifar10-256-256", "DiffiT Table 3", 2.13, cifar10, cond_size=256)
+preset("ffhq64-512-512",  "DiffiT Table 3", 2.27, ffhq64, channels=(256, 512, 512, 512))
+preset("ffhq64-256-256",  "DiffiT Table 3", 2.41, ffhq64, cond_size=256)
+
+# A to D; E is cifar10. Width and patch size of A's ViT-12 are not given: 512 and 2 here. Blocks
+# without time keep their windows.
+preset("cifar10-a-vit-setr",     "DiffiT Table 4", 5.34, cifar10, encoder="vit", decoder="setr",
+       blocks=(4, 4, 4), channels=(128, 512, 512), num_heads=8, dropout=0.0)
+preset("cifar10-b-plain-setr",   "DiffiT Table 4", 4.64, cifar10, encoder="plain", decoder="setr")
+preset("cifar10-c-plain-plain",  "DiffiT Table 4", 3.71, cifar10, encoder="plain", decoder="plain")
+preset("cifar10-d-diffit-plain", "DiffiT Table 4", 2.27, cifar10, decoder="plain")
+
+# Song et al. 2021's recipe for DDPM++, sampled as EDM does (the paper does not say how).
+DDPMPP = dict(
+    model="ddpmpp", num_heads=1, channels=(256, 256, 256), blocks=(4, 4, 4), dropout=0.1,
+    xflip=True, sampler="heun", sampling_steps=18, batch_size=128, lr=2e-4, lr_rampup_kimg=640,
+    grad_clip=1.0, kimg=166_400, workers=4, tick_kimg=50, sample_kimg=1000, save_kimg=5000,
+)
+VE = dict(DDPMPP, process="ve", sigma_min=0.02, sigma_max=100.0, ema_decay=0.999)
+VP = dict(DDPMPP, process="vp", ema_decay=0.9999)
+preset("ddpmpp-ve",      "DiffiT Table 5", 3.77, VE, time_in="none")
+preset("ddpmpp-ve-tmsa", "DiffiT Table 5", 3.49, VE)
+preset("ddpmpp-vp",      "DiffiT Table 5", 3.01, VP, time_in="none")
+preset("ddpmpp-vp-tmsa", "DiffiT Table 5", 2.76, VP)
 
 # F and G; H, time in q, k and v, is cifar10.
-preset("cifar10-f-time-bias", "DiffiT Table 6", 3.97, **cifar10, time_in="bias")
-preset("cifar10-g-time-mlp",  "DiffiT Table 6", 3.81, **cifar10, time_in="mlp")
-preset("cifar10-time-token",  "DiffiT Table 7", 2.28, **cifar10, time_in="token")
-preset("ffhq64-time-token",   "DiffiT Table 7", 2.59, **ffhq64, time_in="token")
-preset("cifar10-fourier",     "DiffiT Table 8", 2.02, **cifar10, time_embedding="fourier")
-preset("ffhq64-fourier",      "DiffiT Table 8", 2.37, **ffhq64, time_embedding="fourier")
-preset("cifar10-window2",     "DiffiT Fig. 8", None, **{**cifar10, "window": 2})  # 4 is cifar10
-preset("cifar10-window8",     "DiffiT Fig. 8", None, **{**cifar10, "window": 8})
-preset("ffhq64-window2",      "DiffiT Fig. 8", None, **{**ffhq64, "window": 2})   # 8 is ffhq64
-preset("ffhq64-window4",      "DiffiT Fig. 8", None, **{**ffhq64, "window": 4})
+preset("cifar10-f-time-bias", "DiffiT Table 6", 3.97, cifar10, time_in="bias")
+preset("cifar10-g-time-mlp",  "DiffiT Table 6", 3.81, cifar10, time_in="mlp")
+preset("cifar10-time-token",  "DiffiT Table 7", 2.28, cifar10, time_in="token")
+preset("ffhq64-time-token",   "DiffiT Table 7", 2.59, ffhq64, time_in="token")
+preset("cifar10-fourier",     "DiffiT Table 8", 2.02, cifar10, time_embedding="fourier")
+preset("ffhq64-fourier",      "DiffiT Table 8", 2.37, ffhq64, time_embedding="fourier")
+preset("cifar10-window2",     "DiffiT Fig. 8", None, cifar10, window=2)  # 4 is cifar10
+preset("cifar10-window8",     "DiffiT Fig. 8", None, cifar10, window=8)
+preset("ffhq64-window2",      "DiffiT Fig. 8", None, ffhq64, window=2)  # 8 is ffhq64
+preset("ffhq64-window4",      "DiffiT Fig. 8", None, ffhq64, window=4)
 
-# DiffiT, latent: Sec. 4.2. The text says 30 layers, the published weights and Table 9's 561M say 28. Length: Fig. 7b's 1000k steps.
-# Guidance at 256: 4.4 in the release, 4.6 in the text.
-LATENT = dict(in_channels=4, num_classes=1000, learn_sigma=True, patch_size=2, hidden_size=1152, num_heads=16, ema_decay=0.9999,
-              cfg_channels=3, workers=4, tick_kimg=50, sample_kimg=2000, save_kimg=10_000)
-imagenet256 = dict(LATENT, model="diffit", input_size=32, batch_size=256, lr=3e-4, kimg=256_000, cfg=4.4, cfg_schedule="power-cosine")
-preset("imagenet256",         "DiffiT Tables 2, 9", 1.73, **imagenet256, depth=28)
-preset("imagenet512",         "DiffiT Table 2",     2.67, **LATENT, model="diffit", depth=28, input_size=64, batch_size=512, lr=1e-4,
-       kimg=512_000, cfg=1.49)
-preset("imagenet256-depth30", "DiffiT appendix H.2", None, **{**imagenet256, "cfg": 4.6}, depth=30)
+# Latent DiffiT: Sec. 4.2. The text says 30 layers; the published weights and Table 9's 561M say 28.
+# Length: Fig. 7b's 1000k steps. Guidance at 256 pixels: 4.4 in the release, 4.6 in the text.
+LATENT = dict(
+    in_channels=4, num_classes=1000, learn_sigma=True, patch_size=2, hidden_size=1152, depth=28,
+    num_heads=16, ema_decay=0.9999, cfg_channels=3, workers=4, tick_kimg=50, sample_kimg=2000,
+    save_kimg=10_000,
+)
+imagenet256 = dict(
+    LATENT, model="diffit", input_size=32, batch_size=256, lr=3e-4, kimg=256_000,
+    cfg_scale=4.4, cfg_schedule="power-cosine",
+)
+preset("imagenet256", "DiffiT Tables 2, 9", 1.73, imagenet256)
+preset("imagenet512", "DiffiT Table 2", 2.67, LATENT, model="diffit", input_size=64,
+       batch_size=512, lr=1e-4, kimg=512_000, cfg_scale=1.49)
+preset("imagenet256-depth30", "DiffiT appendix H.2", None, imagenet256, cfg_scale=4.6, depth=30)
 PAPER["imagenet256"] = PAPER["imagenet256-depth30"] = 561, 114
 PAPER["dit-xl-2"] = 675, 119
 
-# DiT: sizes from Table 1, training from Sec. 4: 400k steps of 256; XL/2 7M at 256 pixels, 3M at 512.
-DIT = dict(LATENT, xflip=True, lr=1e-4, cfg=1.5)
-for size, depth, width, heads in [("s", 12, 384, 6), ("b", 12, 768, 12), ("l", 24, 1024, 16), ("xl", 28, 1152, 16)]:
+# DiT: sizes from Table 1, training from Sec. 4: 400k steps of 256 images; XL/2 7M at 256 pixels,
+# 3M at 512.
+DIT = dict(LATENT, model="dit", xflip=True, lr=1e-4, cfg_scale=1.5)
+DIT_SIZES = {  # depth, width, heads
+    "s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16),
+}
+for size, (depth, width, heads) in DIT_SIZES.items():
     for patch in (2, 4, 8):
         best = (size, patch) == ("xl", 2)
-        preset(f"dit-{size}-{patch}", "DiT Table 1", 2.27 if best else None,
-               **{**DIT, "depth": depth, "hidden_size": width, "num_heads": heads, "patch_size": patch}, model="dit",
+        preset(f"dit-{size}-{patch}", "DiT Table 1", 2.27 if best else None, DIT, depth=depth,
+               hidden_size=width, num_heads=heads, patch_size=patch,
                kimg=1_792_000 if best else 102_400)
-preset("dit-xl-2-512", "DiT Table 3", 3.04, **DIT, model="dit", depth=28, input_size=64, kimg=768_000)
+preset("dit-xl-2-512", "DiT Table 3", 3.04, DIT, input_size=64, kimg=768_000)
 
-# DiT-XL/2 with its own modulation, or with TMSA in its place: DiffiT's blocks and head, DiT's training.
-preset("dit-xl-2-1000k",      "DiffiT Fig. 7b", None, **DIT, model="dit", depth=28, kimg=256_000)
-preset("dit-xl-2-1000k-tmsa", "DiffiT Fig. 7b", None, **DIT, model="diffit", depth=28, kimg=256_000)
+# DiT-XL/2 with its own modulation, or with TMSA in its place: DiffiT's blocks, DiT's training.
+preset("dit-xl-2-1000k",      "DiffiT Fig. 7b", None, DIT, kimg=256_000)
+preset("dit-xl-2-1000k-tmsa", "DiffiT Fig. 7b", None, DIT, model="diffit", kimg=256_000)
 
-# CIFAR-100 in pixels: DiTs of about equal size, traded between width and depth; sampled in 250 steps.
+# CIFAR-100 in pixels: DiTs of about equal size, traded between width and depth.
 for width, depth, heads in [(450, 6, 9), (384, 12, 6), (440, 6, 8), (420, 6, 6), (512, 4, 8)]:
-    preset(f"cifar100-{width}x{depth}", "this project", None, model="dit", num_classes=100, learn_sigma=True, patch_size=2,
-           hidden_size=width, depth=depth, num_heads=heads, clip=True, ema_decay=0.9999, xflip=True, lr=1e-4, kimg=102_400, workers=4,
+    preset(f"cifar100-{width}x{depth}", "this project", None, model="dit", num_classes=100,
+           learn_sigma=True, patch_size=2, hidden_size=width, depth=depth, num_heads=heads,
+           clip_denoised=True, ema_decay=0.9999, xflip=True, lr=1e-4, kimg=102_400, workers=4,
            tick_kimg=50, sample_kimg=1000, save_kimg=5000)
+# fmt: on
 
 
-# ---------------------------------------------------------------------------------------------
-# The command line
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose every error is one sentence and exit code 2, with the nearest name for an unknown flag."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
-
-    def parse_args(self, args=None):
-        args, unknown = self.parse_known_args(args)
-        if unknown:
-            flag = unknown[0].split("=")[0]
-            self.error(f"unknown argument {flag}" + (nearest(flag, self._option_string_actions) or f"; --help lists them"))
-        return args
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
-
-    def add_config(self, names=None):
-        """A flag for each field of Config, or for those named; what is not given leaves no trace in the result."""
-        group = self.add_argument_group("the configuration (configs.py explains each field; presets and checkpoints set them)")
-        for field in dataclasses.fields(Config):
-            if names is None or field.name in names:
-                kind = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"type": numbers, "metavar": "A,B,..."}}
-                how = kind.get(field.type, {"type": field.type, "metavar": field.type.__name__.upper()})
-                group.add_argument(flag_of(field.name), default=argparse.SUPPRESS, **how)
+# -------------------------------------------------------------------------------------------------
+# From names and flags to a Config
 
 
-def numbers(text):
-    """'4,4,2' -> (4, 4, 2); whole numbers stay whole."""
-    return tuple(int(part) if part.strip().lstrip("-").isdigit() else float(part) for part in text.split(",") if part)
-
-
-def config_from(name, given):
-    """The preset with the flags that were given (a dict). What the preset set for another network or process, and the
-    flags now replaced, falls back to its default. ValueError for an unknown preset or values that do not fit."""
+def config_from_preset(name, given):
+    """The preset with the fields that were given (a dict). A field that the preset set for another
+    network or process, and that the given ones make meaningless, falls back to its default.
+    UserError for an unknown preset or values that do not fit."""
     if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}{nearest(name, PRESETS)} (python configs.py lists them)")
+        raise UserError(
+            f"unknown preset {name!r}{nearest(name, PRESETS)} (python configs.py lists them)"
+        )
     values = {**dataclasses.asdict(PRESETS[name]), **given}
     for field in dataclasses.fields(Config):
-        where = field.metadata.get("only")
-        if where and field.name not in given and values["model"] not in where and values["process"] not in where:
+        only = field.metadata["only"]
+        meaningless = only and values["model"] not in only and values["process"] not in only
+        if meaningless and field.name not in given:
             values[field.name] = field.default
     return Config(**values)
 
 
-# ---------------------------------------------------------------------------------------------
+def config_from_dict(values):
+    """The Config that a checkpoint holds as a dict, also under earlier names of its fields.
+    UserError if a field is unknown here."""
+    values = {RENAMED.get(name, name): value for name, value in values.items()}
+    unknown = values.keys() - {field.name for field in dataclasses.fields(Config)}
+    if unknown:
+        raise UserError(f"the configuration has fields of another version: {', '.join(unknown)}")
+    return Config(**values)
+
+
+def numbers(text):
+    """'4,4,0.5' -> (4, 4, 0.5); whole numbers stay whole."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    return tuple(int(part) if part.lstrip("-").isdigit() else float(part) for part in parts)
+
+
+def at_least(low):
+    """A type of argparse: a whole number from `low` on."""
+
+    def number(text):
+        value = int(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{value} must be {low} or more")
+        return value
+
+    return number
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Help that shows each default, unless the sentence already does."""
+
+    def _get_help_string(self, action):  # as argparse.ArgumentDefaultsHelpFormatter does it
+        shown = action.default is not argparse.SUPPRESS and not action.required
+        if shown and "default" not in action.help:
+            return f"{action.help} (default: {format_default(action.default)})"
+        return action.help
+
+
+def format_default(value):
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value in (None, "", ()) else value
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose every error is one sentence and exit code 2, with the nearest name
+    for an unknown flag, and whose help shows each default."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):  # also called for each sub-command
+        args, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            renamed = flag_of(RENAMED.get(flag.strip("-").replace("-", "_"), ""))
+            known = self._option_string_actions
+            hint = f"; did you mean {renamed}?" if renamed in known else nearest(flag, known)
+            self.error(f"unknown argument {flag}{hint or '; --help lists them'}")
+        return args, unknown
+
+    def error(self, message):
+        end_live_line()
+        self.exit(2, f"{self.prog.split()[0]}: {message}\n")
+
+    def add_config(self, names=None, default=None):
+        """A flag for each field of Config, or for those named, in the groups of Config; a flag that
+        is not given leaves no trace in the result. default: what --help says it is, in place of
+        Config's."""
+        group = None
+        for field in dataclasses.fields(Config):
+            if field.name in GROUPS:
+                group = GROUPS[field.name]
+            if names is None or field.name in names:
+                if isinstance(group, str):
+                    group = self.add_argument_group(group)
+                group.add_argument(flag_of(field.name), **flag_options(field, default))
+
+
+METAVARS = {str: "PATH", int: "N", float: "X", tuple: "A,B,..."}
+
+
+def flag_options(field, default=None):
+    """How argparse reads a field of Config, and what --help says of it."""
+    choices = field.metadata["choices"]
+    default = default or format_default(field.default)
+    options = dict(default=argparse.SUPPRESS)
+    options["help"] = f"{field.metadata['help']} (default: {default})".replace("%", "%%")
+    if field.type is bool:
+        return dict(options, action=argparse.BooleanOptionalAction)
+    metavar = "{" + ",".join(choices) + "}" if choices else METAVARS[field.type]
+    return dict(options, type=numbers if field.type is tuple else field.type, metavar=metavar)
+
+
+# -------------------------------------------------------------------------------------------------
+# The machine: a command in one process, or in the processes that torchrun started
+
+PATIENCE = datetime.timedelta(minutes=10)  # how long a process waits for another before it gives up
+
+
+def run_command(parser, act, if_out_of_memory="", if_process_lost=""):
+    """Run act() in all processes that were started; what a user can cause ends in one sentence and
+    exit code 2. if_out_of_memory, if_process_lost: advice that ends these sentences.
+    act -> the number of the signal that ended it, or None."""
+    with contextlib.suppress(ValueError):  # only a main thread may
+        signal.signal(signal.SIGTERM, exit_on_signal)
+    try:
+        join_processes()
+        stopped = act()
+        leave_processes()
+    except (UserError, OSError) as error:
+        if getattr(error, "shared", False) and rank_and_size()[0]:
+            sys.exit(2)  # rank 0 prints it for all
+        parser.error(str(error))
+    except torch.OutOfMemoryError:
+        parser.error(f"out of GPU memory; {if_out_of_memory}")
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error) and "Caught" not in str(error):
+            parser.error(
+                f"a DataLoader worker died ({first_line(error)}); if memory was short, "
+                f"pass fewer --workers or smaller images"
+            )
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        parser.error(
+            f"rank {rank_and_size()[0]} lost the other processes "
+            f"({first_line(error)[:160]}); {if_process_lost}"
+        )
+    except KeyboardInterrupt:
+        end_live_line()
+        parser.exit(130, f"{parser.prog}: stopped\n")
+    finally:
+        # Loader workers outlive SIGTERM (data.ignore_signals), with which Python would end them.
+        for worker in multiprocessing.active_children():
+            worker.kill()
+    if stopped:
+        sys.exit(128 + stopped)
+
+
+def exit_on_signal(number, frame):
+    """SIGTERM ends a command like Ctrl-C: temporary files are removed, workers end."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises for each worker that ends
+    sys.exit(128 + number)
+
+
+def default_device():
+    """This process's own GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def join_processes():
+    """Under torchrun, join the other processes: NCCL on GPUs, gloo on CPUs. UserError if there are
+    more processes than GPUs, or if the others do not come."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    device = default_device()
+    if device.type == "cuda":
+        if device.index >= torch.cuda.device_count():
+            raise UserError(
+                f"there are {torch.cuda.device_count()} GPUs here, and this is process "
+                f"{device.index + 1} on this machine; start no more processes than GPUs"
+            )
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:  # DistError is a RuntimeError
+        raise UserError(
+            f"rendezvous failed: rank {os.environ.get('RANK')} of {os.environ['WORLD_SIZE']} could "
+            f"not reach the others at {os.environ.get('MASTER_ADDR')}:"
+            f"{os.environ.get('MASTER_PORT')} ({first_line(error)[:200]}); are all of them started?"
+        ) from None
+
+
+def leave_processes():
+    """Leave the group; otherwise a process that is still talking reports those that are gone."""
+    if rank_and_size()[1] > 1:
+        dist.destroy_process_group()
+        gc.collect()  # the group's threads must end before the interpreter does
+
+
+def rank_and_size():
+    """This process's number and how many there are; (0, 1) without torchrun."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def all_gather(x):
+    """x (..., b) of every process, in order of rank -> (..., b * size), in each of them."""
+    size = rank_and_size()[1]
+    if size == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(size)]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts, dim=-1)
+
+
+def all_gather_object(value):
+    """[value of rank 0, of rank 1, ...], in each process."""
+    values = [value] * rank_and_size()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def on_rank_0(act):
+    """Call act in one process, once all have come this far -> its result, in all. A UserError or
+    OSError is raised in all, too, marked `shared`: rank 0 will print it."""
+    if rank_and_size()[1] == 1:
+        return act()
+    all_gather_object(None)
+    result = error = None
+    if rank_and_size()[0] == 0:
+        try:
+            result = act()
+        except (UserError, OSError) as caught:
+            error = (OSError if isinstance(caught, OSError) else UserError)(str(caught))
+    result, error = all_gather_object((result, error))[0]
+    if error:
+        error.shared = True
+        raise error
+    return result
+
+
+def lockstep(batches, device):
+    """The batches of this process, then None for as long as another process still has some. So no
+    process waits for longer than a batch takes, whatever the slowest has left."""
+    for batch in itertools.chain(batches, itertools.repeat(None)):
+        if not all_gather(torch.tensor([int(batch is not None)], device=device)).any():
+            return
+        yield batch
+
+
+# -------------------------------------------------------------------------------------------------
+# Precision, speed and seeds
+
+
+def fast_bf16(device):
+    """Is bf16 faster than fp32 here? CUDA from Ampere on, CPUs with AMX."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_amx_tile_supported()
+
+
+def arithmetic(precision, device):
+    """What --precision means on this device: bf16, fp16, tf32 or fp32."""
+    if precision == "auto":
+        return "bf16" if fast_bf16(device) else "fp32"
+    return precision
+
+
+def autocast(precision, device):
+    """The context in which networks run; parameters, sums and losses stay fp32. On CUDA it also
+    sets, for the whole process, whether fp32 products may use tf32."""
+    kind = arithmetic(precision, device)
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
+        torch.backends.cudnn.allow_tf32 = kind == "tf32"
+    dtype = torch.float16 if kind == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=kind in ("bf16", "fp16"))
+
+
+def synchronized_time(device):
+    """The time in seconds, once the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def seconds_per_call(work, repeats, device, warmup=1):
+    """The mean time of work(), after a warm-up."""
+    for _ in range(warmup):
+        work()
+    start = synchronized_time(device)
+    for _ in range(repeats):
+        work()
+    return (synchronized_time(device) - start) / repeats
+
+
+def format_speed(images_per_s, multiply_adds, precision, device):
+    """A sentence: images/s, TFLOP/s (two operations per multiply-add of an image), their share of
+    a matrix product's in the same arithmetic here and now, and peak memory."""
+    size = rank_and_size()[1]
+    memory = peak_memory(device)
+    side = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(side, side, device=device)
+    with torch.no_grad(), autocast(precision, device):
+        product = 2 * side**3 / seconds_per_call(lambda: a @ a, 10, device, warmup=3) * size
+    rate = 2 * multiply_adds * images_per_s
+    return (
+        f"{images_per_s:.1f} images/s, {rate / 1e12:.3g} TFLOP/s, {100 * rate / product:.0f} % of "
+        f"the {product / 1e12:.3g} TFLOP/s of a matrix product of {side} in "
+        f"{arithmetic(precision, device)}{f' on {size} processes' if size > 1 else ''}, "
+        f"{memory:.2f} GB"
+    )
+
+
+def peak_memory(device):
+    """Peak memory of this process in GB: the GPU's, or on a CPU all of it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if sys.platform == "win32":
+        return math.nan
+    import resource  # does not exist on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def seed_from(*numbers):
+    """A 64-bit seed that depends on all the numbers; near numbers give unrelated seeds."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+# -------------------------------------------------------------------------------------------------
+# Messages, and files that appear whole
+
+
+def say(text):
+    """A message on stderr, on a line of its own."""
+    if LIVE.length:
+        blank = " " * min(LIVE.length, terminal_width() - 1)
+        print(f"\r{blank}\r", end="", file=sys.stderr)
+        LIVE.length = 0
+    print(text, file=sys.stderr, flush=True)
+
+
+def live_line(text):
+    """Progress on stderr: on a terminal one line that is rewritten in place and never wider than
+    the terminal; elsewhere at most one line a minute."""
+    if sys.stderr.isatty():
+        width = terminal_width() - 1
+        text = text[:width]
+        padded = text.ljust(min(LIVE.length, width))  # over what was longer
+        print("\r" + padded, end="", file=sys.stderr, flush=True)
+        LIVE.length = len(text)
+    elif time.time() - LIVE.printed > 60:
+        LIVE.printed = time.time()
+        print(text, file=sys.stderr, flush=True)
+
+
+def end_live_line():
+    """Leave the live line where it is, and continue below it."""
+    if LIVE.length:
+        print(file=sys.stderr, flush=True)
+        LIVE.length = 0
+
+
+class LIVE:
+    """The state of the live line."""
+
+    length = 0  # characters that stand on the terminal's last line
+    printed = time.time()  # when a line was last printed elsewhere
+
+
+def terminal_width():
+    """Columns of the terminal that stderr goes to; 80 where it does not say."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except OSError:
+        return 80
+
+
+def first_line(error):
+    """An exception in one line."""
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """A temporary path beside `path` to write to. It is renamed to `path` at the end, and removed
+    if anything fails: `path` holds all of the new content, or what it held before."""
+    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# -------------------------------------------------------------------------------------------------
 # python configs.py
 
-NOTE = """Where counts and paper differ: 561M belongs to 28 layers, which the published weights have; the 30 of the text have 600.9M.
-DiffiT's 114 GFLOPs are the 118.5 counted here without the two products inside attention (28 x 2 x 256^2 x 1152 = 4.2);
-DiT's 119 has them."""
+NOTE = """
+561M parameters belong to 28 layers, which the published weights have; the 30 layers of the text
+have 600.9M. DiffiT's 114 GFLOPs are the 118.5 counted here without the two products inside
+attention (28 x 2 x 256^2 x 1152 = 4.2); DiT's 119 includes them."""
 
 
 def main():
-    from sample import measure        # for this table alone: as a module, configs needs no other file
+    """Print the table of presets, by the source they come from."""
+    from diffit import measure  # for this table alone: as a module, configs needs no other file
+
     Parser(prog="configs.py", description="Print every preset.").parse_args()
-    print(f"{'preset':24}{'network':9}{'parameters':>12}{'GFLOPs':>9}{'tokens':>8}{'FID':>7}   in the paper\n"
-          f"{'':44}(multiply-adds) (reported)")
+    print(
+        f"{'preset':24}{'network':9}{'parameters':>12}{'GFLOPs':>9}{'tokens':>8}{'FID':>7}"
+        f"   in the paper\n{'':44}(multiply-adds) (reported)"
+    )
     heading = None
     for name, cfg in PRESETS.items():
-        parameters, flops, tokens = measure(cfg)
+        parameters, multiply_adds, tokens = measure(cfg)
         source, fid = SOURCES[name]
         if source != heading:
             print(f"\n{source}")
             heading = source
         paper = "{}M, {} GFLOPs".format(*PAPER[name]) if name in PAPER else ""
-        print(f"{name:24}{cfg.model:9}{parameters / 1e6:11.2f}M{flops / 1e9:9.2f}{tokens:8}{fid or '-':>7}   {paper}")
-    print("\n" + NOTE)
+        print(
+            f"{name:24}{cfg.model:9}{parameters / 1e6:11.2f}M{multiply_adds / 1e9:9.2f}"
+            f"{tokens:8}{fid or '-':>7}   {paper}"
+        )
+    print(NOTE)
 
 
 if __name__ == "__main__":

@@ -1,57 +1,87 @@
-"""The networks: latent DiffiT and image-space DiffiT (arXiv 2312.02139), and DiT (arXiv 2212.09748).
+"""The networks: DiffiT in latent and in image space (arXiv 2312.02139), and DiT (arXiv 2212.09748).
 
-Every network is called model(x, t, y): x (B, C, H, W) noised images or latents, t (B,) what the
-process tells it of the noise (an integer timestep, or EDM's ln(sigma)/4), y (B,) class indices,
-where num_classes, or no y at all, means "no class". It returns (B, C, H, W), or (B, 2C, H, W) with
-learn_sigma. Parts come first, then blocks, then networks, then what the paper compares them with, then `build`.
+Every network is called model(x, t, y):
 
-B images, N tokens on a g x g grid, D width, h heads, c (B, D) the condition: time plus label.
+    x (B, C, H, W)  noised images or latents
+    t (B,)          the noise level, as the process states it: a timestep, or EDM's ln(sigma) / 4
+    y (B,)          class indices; the index num_classes, or no y at all, means "no class"
+
+and returns (B, C, H, W), or (B, 2C, H, W) with learn_sigma. The file goes from parts to wholes:
+embeddings, attention, blocks, the latent networks, the image-space U-Net, then the variants that
+the paper compares these with, and last `build`, which turns a Config into a network.
+
+In comments: B images, N tokens on a g x g grid, D width, h heads, windows of w x w tokens and
+n x n of them on a grid, and c (B, D) the condition: time plus label.
 """
+
 import math
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from configs import UserError
 
 
-# ---------------------------------------------------------------------------------------------
+def lookup(name, value, known):
+    """known[value]. UserError that lists the choices if it is not among them."""
+    if value not in known:
+        raise UserError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
+    return known[value]
+
+
+def check_heads(dim, num_heads):
+    if dim % num_heads:
+        raise UserError(
+            f"width {dim} cannot be split into {num_heads} heads; choose a number that divides it"
+        )
+
+
+# -------------------------------------------------------------------------------------------------
 # Embeddings
 
-class TimestepEmbedder(nn.Module):
-    """t (B,) -> (B, dim): 256 sinusoids, cosines first (DDPM, Sec. 3.3; max period 10000), then an MLP.
-    Always fp32: bf16 has 8 bits, and cannot tell timestep 999 from 996."""
 
-    def __init__(self, dim, frequencies=256):
+class TimestepEmbedder(nn.Module):
+    """t (B,) -> (B, dim): sinusoids, cosines first (DDPM; longest period 10000), then an MLP.
+
+    Always in fp32: bf16 keeps 8 bits of a number, and cannot tell timestep 999 from 996.
+    """
+
+    def __init__(self, dim, sinusoids=256):
         super().__init__()
-        self.frequencies = frequencies
-        self.mlp = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.sinusoids = sinusoids
+        self.mlp = nn.Sequential(nn.Linear(sinusoids, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t):
-        with torch.autocast("cpu" if t.is_meta else t.device.type, enabled=False):  # autocast knows no meta device
-            angles = t.float()[:, None] * self.frequency(t.device)         # (B, half)
+        # autocast does not know the meta device, on which `measure` runs.
+        device_type = "cpu" if t.is_meta else t.device.type
+        with torch.autocast(device_type, enabled=False):
+            angles = t.float()[:, None] * self.frequencies(t.device)    # (B, sinusoids / 2)
             return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
 
-    def frequency(self, device):
-        half = self.frequencies // 2
+    def frequencies(self, device):
+        half = self.sinusoids // 2                                      # a cosine and a sine each
         return torch.exp(torch.arange(half, device=device) * (-math.log(10000) / half))
 
 
 class FourierEmbedder(TimestepEmbedder):
-    """The same with random, fixed frequencies (Tancik et al. 2020; Table 8), as EDM has them for ln(sigma)/4: normal,
-    of deviation 16."""
+    """The same with random, fixed frequencies (Tancik et al. 2020; DiffiT Table 8): normal, of
+    standard deviation 16, as in EDM for ln(sigma) / 4."""
 
-    def __init__(self, dim, frequencies=256):
-        super().__init__(dim, frequencies)
-        self.register_buffer("freqs", 2 * math.pi * 16 * torch.randn(frequencies // 2))
+    def __init__(self, dim, sinusoids=256):
+        super().__init__(dim, sinusoids)
+        self.register_buffer("freqs", 2 * math.pi * 16 * torch.randn(sinusoids // 2))
 
-    def frequency(self, device):
-        return self.freqs
+    def frequencies(self, device):
+        return self.freqs                                               # (sinusoids / 2,)
 
 
 class NoEmbedder(nn.Module):
-    """t (B,) -> zeros (B, dim): for a network that is not told the time."""
+    """t (B,) -> zeros (B, dim): for a network that does not see the time."""
 
-    def __init__(self, dim, frequencies=0):
+    def __init__(self, dim, sinusoids=0):
         super().__init__()
         self.dim = dim
 
@@ -60,15 +90,17 @@ class NoEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """y (B,) in 0..num_classes -> (B, dim). The last row is the null class of classifier-free guidance
-    (Ho & Salimans 2022); in training each label becomes it with probability `dropout`."""
+    """y (B,) in 0..num_classes -> (B, dim). The last row is the null class of classifier-free
+    guidance (Ho & Salimans 2022); in training each label becomes it with probability `dropout`."""
 
     def __init__(self, num_classes, dim, dropout):
         super().__init__()
-        self.num_classes, self.dropout = num_classes, dropout
+        self.num_classes = num_classes
+        self.dropout = dropout
         self.embedding_table = nn.Embedding(num_classes + 1, dim)
 
     def forward(self, y):
+        # Guided sampling needs a network that also knows the images without their labels.
         if self.training and self.dropout > 0:
             drop = torch.rand(len(y), device=y.device) < self.dropout
             y = torch.where(drop, self.num_classes, y)
@@ -76,31 +108,34 @@ class LabelEmbedder(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """(B, C, H, W) -> (B, N, D): one linear map of each patch x patch square, written as a convolution."""
+    """(B, C, H, W) -> (B, N, D): one linear map of each patch, written as a convolution."""
 
     def __init__(self, patch_size, in_channels, dim):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
 
     def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)
+        x = self.proj(x)                                                # (B, D, g, g)
+        return x.flatten(2).transpose(1, 2)                             # row by row
 
 
 def sincos_2d(dim, grid):
-    """Fixed position table (1, grid^2, dim): the first half of the width encodes the column, the second
-    the row, each as sines then cosines (MAE, as in DiT). What 4 does not divide of the width stays zero."""
+    """Fixed position table (1, grid^2, dim): the first half of the width encodes the column, the
+    second the row, each as sines, then cosines (MAE, as in DiT). A width that 4 does not divide is
+    filled up with zeros."""
     quarter = dim // 4
     omega = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega      # (grid, dim/4)
-    table = torch.cat([angles.sin(), angles.cos()], dim=1)                 # (grid, dim/2)
-    column = table[None].expand(grid, -1, -1)
-    row = table[:, None].expand(-1, grid, -1)
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega   # (grid, dim/4)
+    table = torch.cat([angles.sin(), angles.cos()], dim=1)              # (grid, dim/2)
+    column = table[None].expand(grid, -1, -1)                           # (grid, grid, dim/2)
+    row = table[:, None].expand(-1, grid, -1)                           # (grid, grid, dim/2)
     both = torch.cat([column, row], dim=2).reshape(1, grid * grid, 4 * quarter)
     return F.pad(both, (0, dim - 4 * quarter)).float()
 
 
-# ---------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Attention
+
 
 class Attention(nn.Module):
     """Multi-head self-attention, as in DiT. x (B, N, D) -> (B, N, D)."""
@@ -114,122 +149,152 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, h, N, D/h)
-        x = F.scaled_dot_product_attention(q, k, v)
+        qkv = self.qkv(x).view(B, N, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # each (B, h, N, D/h)
+        x = F.scaled_dot_product_attention(q, k, v)                     # (B, h, N, D/h)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
 
+def attend(q, k, v, bias):
+    """softmax(q k^T / sqrt(d) + bias) v: q (B, h, N, d), k and v (B, h, M, d), bias (h, N, M) or
+    one per example (B, h, N, M) -> (B, h, N, d)."""
+    bias = bias.to(q.dtype)                                             # autocast makes q bf16
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    # On CPUs two plain products are faster, in training (where no fused kernel has a gradient for
+    # the bias) and in sampling.
+    B, h, N, d = q.shape
+    bias = bias.flatten(0, 1) if bias.dim() == 4 else bias.repeat(B, 1, 1)
+    scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=d**-0.5)  # (B h, N, M)
+    return (scores.softmax(-1) @ v.flatten(0, 1)).view(B, h, N, d)
+
+
+def relative_position_index(window, device):
+    """(w^4,): for each pair of tokens (i, j) of a w x w window, the row of the bias table for the
+    offset of i from j. Computing it costs less than using it, so it is not stored."""
+    # Offsets go from -(w - 1) to w - 1 each way, and the table lists them row by row: a token one
+    # row further down is 2w - 1 entries further on, and one to the right is 1 entry further on.
+    step = torch.arange(window, device=device)
+    place = ((2 * window - 1) * step[:, None] + step).flatten()         # (w^2,)
+    # Entry 0 is for the most negative offset, of the first token from the last.
+    return (place[:, None] - place + place[-1]).flatten()
+
+
 class TMSA(nn.Module):
-    """Time-dependent multi-head self-attention (DiffiT eqs. 3-6): the condition adds its own q, k and v,
-    and a learned bias B by relative position is added to the scores:
+    """Time-dependent multi-head self-attention (DiffiT eqs. 3-6). The condition adds a query, a key
+    and a value of its own to those of every token, and a learned bias B by relative position is
+    added to the scores:
 
-        q = x Wqs + c Wqt (k, v likewise),   softmax(q k^T / sqrt(d) + B) v
+        q = x Wqs + c Wqt                          (3)
+        k = x Wks + c Wkt                          (4)
+        v = x Wvs + c Wvt                          (5)
+        TMSA = softmax(q k^T / sqrt(d) + B) v      (6)
 
-    x (B, N, D) tokens of a grid x grid image in row order, c (B, cond_dim) -> (B, N, D). With `window`,
-    attention stays inside non-overlapping window x window squares (image-space model); without, it
-    spans the grid. ValueError if heads do not divide the width or the window does not divide the grid."""
+    x (B, N, D): the tokens of a grid x grid image, row by row; c (B, cond_dim or dim) -> (B, N, D).
+    Attention stays inside non-overlapping squares of window x window tokens (image space); with a
+    window of 0 the whole grid is one square (latent space). UserError if the heads do not divide
+    the width, or the window does not divide the grid.
+    """
 
-    def __init__(self, dim, num_heads, grid, cond_dim=None, window=None):
+    def __init__(self, dim: int, num_heads: int, grid: int, cond_dim: int = 0, window: int = 0):
         super().__init__()
         check_heads(dim, num_heads)
-        self.num_heads, self.grid, self.window = num_heads, grid, window or grid
+        self.num_heads = num_heads
+        self.grid = grid
+        self.window = window or grid
         if grid % self.window:
-            raise ValueError(f"windows of {self.window} x {self.window} tokens do not tile a grid of {grid} x {grid} "
-                             f"tokens; choose a window or an image size so that one divides the other")
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.qkv_temb = nn.Linear(cond_dim or dim, 3 * dim)
+            raise UserError(
+                f"windows of {window} x {window} tokens do not tile a grid of {grid} x {grid} "
+                f"tokens; choose a window or an image size so that one divides the other"
+            )
+        self.qkv = nn.Linear(dim, 3 * dim)                              # Wqs, Wks, Wvs
+        self.qkv_temb = nn.Linear(cond_dim or dim, 3 * dim)             # Wqt, Wkt, Wvt
         self.proj = nn.Linear(dim, dim)
-        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * self.window - 1) ** 2, num_heads))
+        offsets = (2 * self.window - 1) ** 2                            # of one token from another
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(offsets, num_heads))
 
-    def project(self, x, c):
-        """Queries, keys and values, side by side: (B, N, 3D)."""
-        return self.qkv(x) + self.qkv_temb(c)[:, None]                     # one time vector an image, broadcast
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        # Eqs. 3-5, side by side. The time's part is one vector per image, so it is broadcast.
+        qkv = self.qkv(x) + self.qkv_temb(c)[:, None]                   # (B, N, 3D)
+        q, k, v = self.split_windows(qkv)                               # each (B n^2, h, w^2, D/h)
+        bias = self.bias(self.relative_position_bias_table)             # (h, w^2, w^2)
+        x = attend(q, k, v, bias)                                       # eq. 6
+        return self.proj(self.join_windows(x))                          # (B, N, D)
+
+    def split_windows(self, qkv):
+        """(B, N, 3D) -> q, k, v, each (B n^2, h, w^2, D/h), the windows of an image together."""
+        B = len(qkv)
+        w, n = self.window, self.grid // self.window
+        qkv = qkv.view(B, n, w, n, w, 3, self.num_heads, -1)            # (B, n, w, n, w, 3, h, D/h)
+        qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7)                       # (3, B, n, n, h, w, w, D/h)
+        return qkv.reshape(3, B * n * n, self.num_heads, w * w, -1).unbind()
+
+    def join_windows(self, x):
+        """(B n^2, h, w^2, D/h) -> (B, N, D), the tokens in the order they came in."""
+        w, n = self.window, self.grid // self.window
+        x = x.view(-1, n, n, self.num_heads, w, w, x.shape[-1])         # (B, n, n, h, w, w, D/h)
+        x = x.permute(0, 1, 4, 2, 5, 3, 6)                              # (B, n, w, n, w, h, D/h)
+        return x.reshape(len(x), self.grid**2, -1)
 
     def bias(self, table):
-        """(..., offsets, h) -> (..., h, w*w, w*w): entry (i, j) is the table's row for the offset of token j from i."""
-        w = self.window
-        table = table.unflatten(-2, (2 * w - 1, 2 * w - 1))
-        # Of token i at (yi, xi) and j at (yj, xj) it takes row yi - yj + w - 1, column xi - xj + w - 1: windows slid
-        # over the table, read backwards. No index is stored.
-        table = table.unfold(-3, w, 1).unfold(-3, w, 1).flip(-2, -1)       # (..., yi, xi, h, yj, xj)
-        return table.movedim(-3, -5).flatten(-4, -3).flatten(-2)
-
-    def attend(self, q, k, v, c):
-        """q, k, v (B n^2, h, w^2, D/h), windows of an image together -> the same."""
-        return attend(q, k, v, self.bias(self.relative_position_bias_table).to(q.dtype))
-
-    def forward(self, x, c):
-        B, N, D = x.shape
-        w, n = self.window, self.grid // self.window                       # n x n windows of w x w tokens
-        qkv = self.project(x, c)
-        qkv = qkv.view(B, n, w, n, w, 3, self.num_heads, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)
-        q, k, v = qkv.reshape(3, B * n * n, self.num_heads, w * w, -1)     # each (B n^2, h, w^2, D/h)
-        x = self.attend(q, k, v, c)
-        x = x.view(B, n, n, self.num_heads, w, w, -1).permute(0, 1, 4, 2, 5, 3, 6)
-        return self.proj(x.reshape(B, N, D))
+        """(..., offsets, h) -> (..., h, w^2, w^2): at (i, j) the row for the offset of i from j."""
+        tokens = self.window**2
+        index = relative_position_index(self.window, table.device)      # (w^4,)
+        # Of all forms of indexing index_select has the fastest gradient (measured on CPUs).
+        return table.mT.index_select(-1, index).unflatten(-1, (tokens, tokens))
 
     def _load_from_state_dict(self, state, prefix, *args):
-        # The released files store the integer index that bias() does without.
+        # The released files store the index, which is computed here.
         state.pop(prefix + "relative_position_index", None)
         super()._load_from_state_dict(state, prefix, *args)
 
 
-def attend(q, k, v, bias):
-    """softmax(q k^T / sqrt(d) + bias) v: q (B, h, N, d), k, v (B, h, M, d), bias (h, N, M) or (B, h, N, M)
-    -> (B, h, N, d)."""
-    if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    # On CPUs two plain products are faster, in training (no fused kernel has a gradient for the bias) and without.
-    B, h, N, d = q.shape
-    bias = bias.flatten(0, 1) if bias.dim() == 4 else bias.repeat(B, 1, 1)
-    scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=d ** -0.5)
-    return (scores.softmax(-1) @ v.flatten(0, 1)).view(B, h, N, d)
-
-
-def check_heads(dim, num_heads):
-    if dim % num_heads:
-        raise ValueError(f"width {dim} cannot be split into {num_heads} heads; choose a number that divides it")
-
-
-# ---------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Blocks
 
+
 def layer_norm(dim):
+    # No weights of its own: in DiT the condition shifts and scales, and DiffiT kept this norm.
     return nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
 
 
 class Mlp(nn.Module):
-    """Linear, GELU, linear: (B, N, D) -> (B, N, D). With cond_dim, the time is added to the hidden layer."""
+    """Linear, GELU, linear: (B, N, D) -> (B, N, D). With cond_dim (DiffiT Table 6, G) the time is
+    added to the hidden layer."""
 
-    def __init__(self, dim, hidden, cond_dim=None):
+    def __init__(self, dim, hidden, cond_dim=0):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
         self.temb = nn.Linear(cond_dim, hidden) if cond_dim else None
 
     def forward(self, x, c=None):
-        x = self.fc1(x)
+        x = self.fc1(x)                                                 # (B, N, hidden)
         if self.temb is not None:
             x = x + self.temb(c)[:, None]
-        return self.fc2(F.gelu(x, approximate="tanh"))
+        return self.fc2(F.gelu(x, approximate="tanh"))                  # tanh: as released
 
 
 class DiffiTBlock(nn.Module):
-    """DiffiT eqs. 7-8: x = TMSA(LN(x), c) + x;  x = MLP(LN(x)) + x. Time enters in the attention alone. time_in: the
-    paper's ablations, ATTENTION below."""
+    """DiffiT eqs. 7-8: x = TMSA(LN(x), c) + x;  x = MLP(LN(x)) + x. The condition enters in the
+    attention only: no shift, scale or gate. time_in: where else it could, see ATTENTION below."""
 
-    def __init__(self, dim, num_heads, mlp_ratio, grid, cond_dim=None, window=None, time_in="qkv"):
+    def __init__(self, dim, num_heads, mlp_ratio, grid, cond_dim=0, window=0, time_in="qkv"):
         super().__init__()
-        self.norm1, self.norm2 = layer_norm(dim), layer_norm(dim)
-        self.attn = chosen("time_in", time_in, ATTENTION)(dim, num_heads, grid, cond_dim, window)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), (cond_dim or dim) if time_in == "mlp" else None)
+        attention = lookup("time_in", time_in, ATTENTION)               # TMSA by default
+        cond_dim = cond_dim or dim
+        self.norm1 = layer_norm(dim)
+        self.norm2 = layer_norm(dim)
+        self.attn = attention(dim, num_heads, grid, cond_dim, window)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), cond_dim if time_in == "mlp" else 0)
 
     def forward(self, x, c):
-        x = x + self.attn(self.norm1(x), c)
-        return x + self.mlp(self.norm2(x), c)
+        x = x + self.attn(self.norm1(x), c)                             # eq. 7
+        return x + self.mlp(self.norm2(x), c)                           # eq. 8
 
 
 def modulate(x, shift, scale):
+    """x (B, N, D), shift and scale (B, D): the same for every token of an image."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
@@ -239,428 +304,735 @@ class DiTBlock(nn.Module):
 
     def __init__(self, dim, num_heads, mlp_ratio, grid):
         super().__init__()
-        self.norm1, self.norm2 = layer_norm(dim), layer_norm(dim)
+        self.norm1 = layer_norm(dim)
+        self.norm2 = layer_norm(dim)
         self.attn = Attention(dim, num_heads)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x, c):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)  # each (B, D)
+        modulation = self.adaLN_modulation(c).chunk(6, dim=1)           # each (B, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
 class DiffiTHead(nn.Module):
-    """Tokens to pixels: Linear(SiLU(LN(x))), as released; time has no say here. (B, N, D) -> (B, N, out)"""
+    """Tokens to pixels: Linear(SiLU(LN(x))), as released, without the condition.
+    (B, N, D) -> (B, N, out)"""
 
     def __init__(self, dim, out):
         super().__init__()
-        self.norm, self.linear = layer_norm(dim), nn.Linear(dim, out)
+        self.norm = layer_norm(dim)
+        self.linear = nn.Linear(dim, out)
 
     def forward(self, x, c):
         return self.linear(F.silu(self.norm(x)))
 
 
 class DiTHead(nn.Module):
-    """Tokens to pixels: LN modulated by the condition, then a linear map. (B, N, D) -> (B, N, out)"""
+    """Tokens to pixels: LN, modulated by the condition, then a linear map.
+    (B, N, D) -> (B, N, out)"""
 
     def __init__(self, dim, out):
         super().__init__()
-        self.norm, self.linear = layer_norm(dim), nn.Linear(dim, out)
+        self.norm = layer_norm(dim)
+        self.linear = nn.Linear(dim, out)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
     def forward(self, x, c):
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)         # each (B, D)
         return self.linear(modulate(self.norm(x), shift, scale))
 
 
-class ResBlock(nn.Module):
-    """DiffiT eqs. 9-10: h = Conv3x3(Swish(GN(x)));  x = DiffiTBlock(h, c) + x.
-    x (B, in, H, W) -> (B, out, H, W); the shortcut is a 1x1 convolution where the channels change."""
-
-    def __init__(self, in_channels, out_channels, num_heads, mlp_ratio, grid, cond_dim, window, dropout, time_in="qkv"):
-        super().__init__()
-        self.norm = group_norm(in_channels)
-        self.dropout = nn.Dropout(dropout)
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.block = DiffiTBlock(out_channels, num_heads, mlp_ratio, grid, cond_dim, window, time_in)
-        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-
-    def forward(self, x, c):
-        h = self.conv(self.dropout(F.silu(self.norm(x))))
-        tokens = self.block(h.flatten(2).transpose(1, 2), c)               # (B, H*W, out)
-        return tokens.transpose(1, 2).reshape(h.shape) + self.skip(x)
+# -------------------------------------------------------------------------------------------------
+# Latent networks
 
 
-def group_norm(channels, eps=1e-5):
-    """At most 32 groups of at least 4 channels, as in EDM."""
-    most = max(1, min(32, channels // 4))
-    return nn.GroupNorm(next(groups for groups in range(most, 0, -1) if channels % groups == 0), channels, eps)
+class Network(nn.Module):
+    """What all networks here have: the condition c, the sum of the embeddings of time, label and
+    augmentation, and the way that weights start."""
+
+    def add_condition(
+        self, dim, time_embedding, num_classes, class_dropout_prob, augment, sinusoids=256
+    ):
+        """Make the embeddings, each (B, ...) -> (B, dim). time_embedding: "positional", "fourier"
+        or "none"; augment: whether to take the nine augmentation labels of EDM (App. F.2).
+
+        Not in __init__, because optimizer states know parameters by the order they are made in, and
+        some networks make others first.
+        """
+        embedders = {
+            "positional": TimestepEmbedder,
+            "fourier": FourierEmbedder,
+            "none": NoEmbedder,
+        }
+        self.num_classes = num_classes
+        self.t_embedder = lookup("time_embedding", time_embedding, embedders)(dim, sinusoids)
+        self.y_embedder = None
+        if num_classes:
+            self.y_embedder = LabelEmbedder(num_classes, dim, class_dropout_prob)
+        self.augment_embedder = nn.Linear(9, dim, bias=False) if augment else None
+
+    def condition(self, t, y=None, augmented=None):
+        """t (B,), y (B,) or None for no class, augmented (B, 9) or None for zeros -> c (B, dim).
+        UserError if labels are given to a network without classes."""
+        c = self.t_embedder(t)
+        if self.y_embedder is not None:
+            if y is None:                                               # the null class
+                y = torch.full_like(t, self.num_classes, dtype=torch.long)
+            c = c + self.y_embedder(y)
+        elif y is not None:
+            raise UserError(
+                "this network was built without classes (num_classes = 0), but was given labels; "
+                "call it with y=None"
+            )
+        if self.augment_embedder is not None and augmented is not None:
+            c = c + self.augment_embedder(augmented)
+        return c
+
+    def init_weights(self):
+        """How weights start. Each network adds to this.
+
+        linear maps                     Xavier uniform
+        embeddings of time and label    normal, 0.02
+        relative position bias          truncated normal, 0.02
+        convolutions                    PyTorch's default
+        biases                          zero
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+            if isinstance(module, TMSA):
+                nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
+        if isinstance(self.t_embedder, TimestepEmbedder):
+            nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+            nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        if self.y_embedder is not None:
+            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
 
 
-# ---------------------------------------------------------------------------------------------
-# Networks
+class Transformer(Network):
+    """The part that the latent DiffiT and DiT share: patches, embeddings, a stack of blocks, a
+    head. The two differ only in the classes of blocks and head. Parameters have the names of the
+    released weights. UserError if the sizes do not divide."""
 
-class Transformer(nn.Module):
-    """What the latent DiffiT and DiT share: patches, embeddings, a stack of blocks, a head. The two differ
-    in `Block` and `Head` alone. Parameter names are those of the released weights."""
-    Block = Head = None
+    # Set by DiffiT and DiT, below.
+    block_class = None
+    head_class = None
 
-    def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
-                 mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1, learn_sigma=True, embed_gain=1.0,
-                 time_embedding="positional", augment=False, **block_options):
+    def __init__(
+        self,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        class_dropout_prob: float = 0.1,
+        learn_sigma: bool = True,
+        embed_gain: float = 1.0,
+        time_embedding: str = "positional",
+        augment: bool = False,
+        **block_options,
+    ):
         super().__init__()
         if input_size % patch_size:
-            raise ValueError(f"patches of {patch_size} do not tile an input of {input_size} x {input_size}; "
-                             f"choose a size that is a multiple of the patch")
-        self.patch_size, self.grid = patch_size, input_size // patch_size
+            raise UserError(
+                f"patches of {patch_size} do not tile an input of {input_size} x {input_size}; "
+                f"choose a size that is a multiple of the patch"
+            )
+        self.patch_size = patch_size
+        self.grid = input_size // patch_size
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
-        add_condition(self, hidden_size, time_embedding, num_classes, class_dropout_prob, augment)
+        self.add_condition(hidden_size, time_embedding, num_classes, class_dropout_prob, augment)
         self.register_buffer("pos_embed", sincos_2d(hidden_size, self.grid))
-        self.blocks = nn.ModuleList(self.Block(hidden_size, num_heads, mlp_ratio, self.grid, **block_options)
-                                    for _ in range(depth))
-        self.final_layer = self.Head(hidden_size, patch_size ** 2 * self.out_channels)
+        self.blocks = nn.ModuleList(
+            self.block_class(hidden_size, num_heads, mlp_ratio, self.grid, **block_options)
+            for _ in range(depth)
+        )
+        self.final_layer = self.head_class(hidden_size, patch_size**2 * self.out_channels)
         self.init_weights(embed_gain)
 
     def init_weights(self, embed_gain):
-        init_common(self)
-        # A linear map in a convolution's clothes. With a gain, tokens begin large beside what the blocks add to them.
+        """How weights start, besides Network's.
+
+        patches           Xavier uniform, times embed_gain: a linear map, though a convolution
+        positions         sines and cosines, times embed_gain
+        modulations       zero: a fresh DiTBlock is the identity
+        output            zero
+
+        A large embed_gain makes tokens large beside what the blocks add to them at first.
+        """
+        super().init_weights()
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1), embed_gain)
         self.pos_embed *= embed_gain
-        for head in (m for m in self.modules() if isinstance(m, (DiTBlock, DiTHead))):
-            nn.init.zeros_(head.adaLN_modulation[1].weight)
+        for module in self.modules():
+            if isinstance(module, (DiTBlock, DiTHead)):
+                nn.init.zeros_(module.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
-    def forward(self, x, t, y=None, augmented=None):
-        B, p, g = len(x), self.patch_size, self.grid
-        x = self.x_embedder(x) + self.pos_embed                            # (B, N, D)
-        c = condition(self, t, y, augmented)                               # (B, D)
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, augmented: Tensor | None = None
+    ) -> Tensor:
+        B = len(x)
+        p, g = self.patch_size, self.grid
+        x = self.x_embedder(x) + self.pos_embed                         # (B, N, D)
+        c = self.condition(t, y, augmented)                             # (B, D)
         for block in self.blocks:
-            x = block(x, c)                                                # (B, N, D)
-        x = self.final_layer(x, c)                                         # (B, N, p*p*out)
-        x = x.view(B, g, g, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)
-        return x.reshape(B, self.out_channels, g * p, g * p)               # (B, out, H, W)
+            x = block(x, c)                                             # (B, N, D)
+        x = self.final_layer(x, c)                                      # (B, N, p*p*out)
+        x = x.view(B, g, g, p, p, self.out_channels)                    # a token is p x p pixels
+        x = x.permute(0, 5, 1, 3, 2, 4)                                 # (B, out, g, p, g, p)
+        return x.reshape(B, self.out_channels, g * p, g * p)            # (B, out, H, W)
 
 
 class DiffiT(Transformer):
-    """Latent DiffiT (Sec. 3.2 "latent space", Fig. 4), as released: plain blocks of TMSA and MLP."""
-    Block, Head = DiffiTBlock, DiffiTHead
+    """Latent DiffiT (Sec. 3.2, "latent space", Fig. 4), as released: blocks of TMSA and MLP."""
+
+    block_class = DiffiTBlock
+    head_class = DiffiTHead
 
 
 class DiT(Transformer):
     """DiT with adaLN-Zero (Peebles & Xie 2022)."""
-    Block, Head = DiTBlock, DiTHead
+
+    block_class = DiTBlock
+    head_class = DiTHead
 
 
-class DiffiTUNet(nn.Module):
-    """Image-space DiffiT (Fig. 3, Tables S.2 and S.3): a U-Net of DiffiT ResBlocks with windowed TMSA.
+# -------------------------------------------------------------------------------------------------
+# The image-space U-Net of Fig. 3
 
-    channels, blocks: width and number of ResBlocks at each resolution, finest first; each resolution is
-    half of the one before. window: side of the attention windows in tokens (a whole grid that is smaller
-    is one window). encoder: "diffit", "plain" or "vit", decoder: "diffit", "plain" or "setr" (Table 4, below).
-    ValueError if the sizes do not divide."""
 
-    def __init__(self, input_size=64, in_channels=3, channels=(128, 256, 256, 256), blocks=(4, 4, 4, 4), num_heads=4,
-                 window=8, cond_size=512, mlp_ratio=4.0, dropout=0.0, num_classes=0, class_dropout_prob=0.1,
-                 learn_sigma=False, time_in="qkv", time_embedding="positional", augment=False, encoder="diffit",
-                 decoder="diffit"):
+def group_norm(channels, eps=1e-5):
+    """At most 32 groups of at least 4 channels, as in EDM; fewer where that does not divide."""
+    groups = max(1, min(32, channels // 4))
+    while channels % groups:
+        groups -= 1
+    return nn.GroupNorm(groups, channels, eps)
+
+
+class ResBlock(nn.Module):
+    """DiffiT eqs. 9-10: h = Conv3x3(Swish(GN(x)));  x = DiffiTBlock(h, c) + x.
+    x (B, in, H, W) -> (B, out, H, W); a 1x1 convolution where the shortcut changes its channels."""
+
+    def __init__(self, in_channels, out_channels, dropout, **block_options):
         super().__init__()
-        levels = check_levels(input_size, channels, blocks)
-        chosen("encoder", encoder, ("diffit", "plain", "vit")), chosen("decoder", decoder, ("diffit", "plain", "setr"))
-        add_condition(self, cond_size, time_embedding, num_classes, class_dropout_prob, augment)
+        self.norm = group_norm(in_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.block = DiffiTBlock(out_channels, **block_options)
+        changes = in_channels != out_channels
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if changes else nn.Identity()
 
-        def stage(level, extra, plain):                                    # its first block takes `extra` channels too
-            grid, width = input_size >> level, channels[level]
-            return Stage((ResBlock(width + (extra if i == 0 else 0), width, num_heads, mlp_ratio, grid, cond_size,
-                                   min(window, grid), dropout, "none" if plain else time_in)
-                          for i in range(blocks[level])), width + extra, cond_size if plain else None)
-
-        self.tokenizer = nn.Conv2d(in_channels, channels[0], 3, padding=1)
-        if encoder == "vit":
-            self.encoder = ViTEncoder(input_size, channels, blocks, num_heads, mlp_ratio, cond_size)
-        else:
-            self.encoder = Encoder([stage(i, 0, encoder == "plain") for i in range(levels)], channels)
-        if decoder == "setr":
-            self.decoder = SETRDecoder(input_size, self.encoder.widths, channels[0])
-        else:
-            # The coarsest stage has no skip: it would join the encoder's output to itself.
-            self.decoder = Decoder([stage(i, channels[i] if i < levels - 1 else 0, decoder == "plain")
-                                    for i in range(levels)], channels)
-        self.head_norm = group_norm(channels[0])
-        self.head = nn.Conv2d(channels[0], (2 if learn_sigma else 1) * in_channels, 3, padding=1)
-        init_common(self)
-        nn.init.zeros_(self.head.weight)
-
-    def forward(self, x, t, y=None, augmented=None):
-        c = condition(self, t, y, augmented)                               # (B, cond_size)
-        x = self.tokenizer(x)                                              # (B, channels[0], H, W)
-        features = self.encoder(x, c)                                      # (B, channels[i], H / 2^i, W / 2^i) each
-        x = self.decoder(features, c)                                      # (B, channels[0], H, W)
-        return self.head(F.silu(self.head_norm(x)))                        # (B, C, H, W)
-
-
-def check_levels(input_size, channels, blocks):
-    """The number of resolutions. ValueError if the sizes do not fit it."""
-    levels = len(channels)
-    if len(blocks) != levels:
-        raise ValueError(f"{levels} widths {channels} but {len(blocks)} block counts {blocks}; "
-                         f"give one for each resolution")
-    if input_size % 2 ** (levels - 1):
-        raise ValueError(f"{levels} resolutions need a size divisible by {2 ** (levels - 1)}; "
-                         f"{input_size} is not")
-    return levels
-
-
-def chosen(name, value, known):
-    """known[value], or value itself where known only lists what there is. ValueError if it is unknown."""
-    if value not in known:
-        raise ValueError(f"unknown {name} {value!r}; there are {', '.join(known)}")
-    return known[value] if isinstance(known, dict) else value
+    def forward(self, x, c):
+        h = self.conv(self.dropout(F.silu(self.norm(x))))               # eq. 9: (B, out, H, W)
+        tokens = self.block(h.flatten(2).transpose(1, 2), c)            # (B, H*W, out)
+        return tokens.transpose(1, 2).reshape(h.shape) + self.skip(x)   # eq. 10
 
 
 class Stage(nn.Module):
-    """The ResBlocks at one resolution. With cond_size (Table 4, A to C, where blocks have no time of their own), the
-    time is projected, scaled and added to what enters; the scale is learned, for each channel."""
+    """`count` ResBlocks at one resolution: x (B, in, g, g) -> (B, out, g, g)."""
 
-    def __init__(self, blocks, width, cond_size=None):
+    def __init__(self, count, in_channels, out_channels, grid, window, **options):
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.temb = nn.Linear(cond_size, width) if cond_size else None
-        self.scale = nn.Parameter(torch.ones(width)) if cond_size else None
+        window = min(window, grid)                                      # a small grid is one window
+        widths = [in_channels] + [out_channels] * (count - 1)           # of what enters each block
+        self.blocks = nn.ModuleList(
+            ResBlock(width, out_channels, grid=grid, window=window, **options) for width in widths
+        )
 
     def forward(self, x, c):
-        if self.temb is not None:
-            time = self.scale * self.temb(c)                               # (B, width)
-            x = x + time.view(*time.shape[:1], *([-1, 1, 1] if x.dim() == 4 else [1, -1]))
         for block in self.blocks:
             x = block(x, c)
         return x
 
 
 class Encoder(nn.Module):
-    """(B, channels[0], H, W) -> the features of each stage, finest first; strided convolutions between them."""
+    """The left half of Fig. 3: stages of ResBlocks with strided convolutions between them.
+    x (B, channels[0], H, W) -> the features of each stage, finest first: (B, widths[i], H/2^i,
+    W/2^i)."""
 
-    def __init__(self, stages, channels):
+    stage_class = Stage
+
+    def __init__(self, input_size, channels, blocks, **options):
         super().__init__()
-        self.stages, self.widths = nn.ModuleList(stages), channels
-        self.downsamplers = nn.ModuleList(nn.Conv2d(a, b, 3, 2, padding=1) for a, b in zip(channels, channels[1:]))
+        self.widths = channels
+        self.stages = nn.ModuleList(
+            self.stage_class(count, width, width, input_size >> level, **options)
+            for level, (count, width) in enumerate(zip(blocks, channels))
+        )
+        self.downsamplers = nn.ModuleList(
+            nn.Conv2d(fine, coarse, 3, stride=2, padding=1)
+            for fine, coarse in zip(channels, channels[1:])
+        )
 
     def forward(self, x, c):
         features = []
         for level, stage in enumerate(self.stages):
-            x = stage(self.downsamplers[level - 1](x) if level else x, c)
+            if level > 0:
+                x = self.downsamplers[level - 1](x)                     # half the resolution
+            x = stage(x, c)                                             # (B, channels[level], ...)
             features.append(x)
         return features
 
 
 class Decoder(nn.Module):
-    """The encoder's features -> (B, channels[0], H, W): from the coarsest stage up, each joined to the encoder's."""
+    """The right half of Fig. 3: the encoder's features -> (B, channels[0], H, W). From the coarsest
+    stage up: upsample, join with the features of this resolution, ResBlocks."""
 
-    def __init__(self, stages, channels):
+    stage_class = Stage
+
+    def __init__(self, input_size, channels, blocks, skips, **options):
+        """skips: the widths of the encoder's features."""
         super().__init__()
-        self.stages = nn.ModuleList(stages)
-        self.upsamplers = nn.ModuleList(nn.Conv2d(b, a, 3, padding=1) for a, b in zip(channels, channels[1:]))
+        # A stage takes what the coarser one made, at its own width, joined to the features. The
+        # coarsest one starts from the features alone.
+        widths_in = [width + skip for width, skip in zip(channels, skips)]
+        widths_in[-1] = skips[-1]
+        self.stages = nn.ModuleList(
+            self.stage_class(count, width_in, width, input_size >> level, **options)
+            for level, (count, width_in, width) in enumerate(zip(blocks, widths_in, channels))
+        )
+        self.upsamplers = nn.ModuleList(
+            nn.Conv2d(coarse, fine, 3, padding=1) for fine, coarse in zip(channels, channels[1:])
+        )
 
     def forward(self, features, c):
-        x = self.stages[-1](features[-1], c)
-        for level in range(len(self.stages) - 2, -1, -1):
-            x = self.upsamplers[level](F.interpolate(x, scale_factor=2.0, mode="nearest"))
-            x = self.stages[level](torch.cat([x, features[level]], dim=1), c)
+        last = len(self.stages) - 1
+        x = self.stages[last](features[last], c)
+        for level in range(last - 1, -1, -1):
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")      # twice the resolution
+            x = self.upsamplers[level](x)                               # (B, channels[level], ...)
+            x = torch.cat([x, features[level]], dim=1)                  # (B, widths_in[level], ...)
+            x = self.stages[level](x, c)
         return x
 
 
-def add_condition(model, dim, time_embedding, num_classes, class_dropout_prob, augment, frequencies=256):
-    """What `condition` needs of a network: embeddings of time and label, and of nine augmentation labels (EDM, App.
-    F.2)."""
-    model.num_classes = num_classes
-    embedders = {"positional": TimestepEmbedder, "fourier": FourierEmbedder, "none": NoEmbedder}
-    model.t_embedder = chosen("time_embedding", time_embedding, embedders)(dim, frequencies)
-    model.y_embedder = LabelEmbedder(num_classes, dim, class_dropout_prob) if num_classes else None
-    model.augment_embedder = nn.Linear(9, dim, bias=False) if augment else None
+def check_levels(input_size, channels, blocks):
+    """UserError if a U-Net of these resolutions cannot be built."""
+    levels = len(channels)
+    if len(blocks) != levels:
+        raise UserError(
+            f"{levels} widths {channels} but {len(blocks)} block counts {blocks}; "
+            f"give one of each for every resolution"
+        )
+    if input_size % 2 ** (levels - 1):
+        raise UserError(
+            f"{levels} resolutions need a size divisible by {2 ** (levels - 1)}, and {input_size} "
+            f"is not; choose another size or fewer resolutions"
+        )
 
 
-def condition(model, t, y, augmented=None):
-    """c = embedding of the time + of the label, the null class where none is given, + of the augmentation labels (B,
-    9), zero where none are given."""
-    c = model.t_embedder(t)
-    if model.y_embedder is not None:
-        c = c + model.y_embedder(torch.full_like(t, model.num_classes, dtype=torch.long) if y is None else y)
-    elif y is not None:
-        raise ValueError("this network was built without classes (num_classes = 0), but was given labels; "
-                         "call it with y=None")
-    if model.augment_embedder is not None and augmented is not None:
-        c = c + model.augment_embedder(augmented)
-    return c
+class DiffiTUNet(Network):
+    """Image-space DiffiT (Fig. 3, Tables S.2 and S.3): a U-Net of ResBlocks with windowed TMSA.
+
+    channels, blocks: the width and the number of ResBlocks of each resolution, finest first; each
+    resolution is half of the one before. window: the side of the attention windows, in tokens (a
+    smaller grid is one window). cond_size: the width of c. block_options: DiffiTBlock's time_in.
+    UserError if the sizes do not divide.
+    """
+
+    encoder_class = Encoder
+    decoder_class = Decoder
+
+    def __init__(
+        self,
+        input_size: int = 64,
+        in_channels: int = 3,
+        channels: tuple[int, ...] = (128, 256, 256, 256),
+        blocks: tuple[int, ...] = (4, 4, 4, 4),
+        num_heads: int = 4,
+        window: int = 8,
+        cond_size: int = 512,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        num_classes: int = 0,
+        class_dropout_prob: float = 0.1,
+        learn_sigma: bool = False,
+        time_embedding: str = "positional",
+        augment: bool = False,
+        **block_options,
+    ):
+        super().__init__()
+        check_levels(input_size, channels, blocks)
+        # Every ResBlock of the network has these.
+        options = dict(
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            cond_dim=cond_size,
+            window=window,
+            dropout=dropout,
+            **block_options,
+        )
+        out_channels = 2 * in_channels if learn_sigma else in_channels
+        self.add_condition(cond_size, time_embedding, num_classes, class_dropout_prob, augment)
+        self.tokenizer = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.encoder = self.encoder_class(input_size, channels, blocks, **options)
+        self.decoder = self.decoder_class(
+            input_size, channels, blocks, self.encoder.widths, **options
+        )
+        self.head_norm = group_norm(channels[0])
+        self.head = nn.Conv2d(channels[0], out_channels, 3, padding=1)
+        self.init_weights()
+
+    def init_weights(self):
+        """How weights start, besides Network's: the output is zero."""
+        super().init_weights()
+        nn.init.zeros_(self.head.weight)
+
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, augmented: Tensor | None = None
+    ) -> Tensor:
+        c = self.condition(t, y, augmented)                             # (B, cond_size)
+        x = self.tokenizer(x)                                           # (B, channels[0], H, W)
+        features = self.encoder(x, c)                                   # of each resolution
+        x = self.decoder(features, c)                                   # (B, channels[0], H, W)
+        return self.head(F.silu(self.head_norm(x)))                     # (B, out, H, W)
 
 
-def init_common(model):
-    """Xavier for linears, zeros for biases, normal 0.02 for the embeddings of t and y, truncated normal
-    0.02 for the relative position bias; convolutions keep PyTorch's own. Each network adds what starts at zero."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-        if isinstance(module, TMSA):
-            nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
-    if isinstance(model.t_embedder, TimestepEmbedder):
-        nn.init.normal_(model.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(model.t_embedder.mlp[2].weight, std=0.02)
-    if model.y_embedder is not None:
-        nn.init.normal_(model.y_embedder.embedding_table.weight, std=0.02)
+# -------------------------------------------------------------------------------------------------
+# For Tables 6 and 7: the time elsewhere than in queries, keys and values
 
-
-# ---------------------------------------------------------------------------------------------
-# What Tables 6 and 7 compare with: the time elsewhere than in queries, keys and values
 
 class Untimed(TMSA):
-    """The same attention, blind to time."""
+    """The same attention without the time."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.qkv_temb = None
+    def __init__(self, dim, num_heads, grid, cond_dim=0, window=0):
+        super().__init__(dim, num_heads, grid, cond_dim, window)
+        self.qkv_temb = None                                            # made by TMSA, not used
 
-    def project(self, x, c):
-        return self.qkv(x)
+    def forward(self, x, c):
+        q, k, v = self.split_windows(self.qkv(x))
+        bias = self.bias(self.relative_position_bias_table)
+        x = attend(q, k, v, bias)
+        return self.proj(self.join_windows(x))
 
 
 class TimeAsToken(Untimed):
-    """The time is a token of its own, which all others see: one more key and value in each window, without a bias."""
+    """The time is a token of its own that all others attend to: one more key and value in each
+    window, without a bias."""
 
-    def __init__(self, dim, num_heads, grid, cond_dim=None, window=None):
+    def __init__(self, dim, num_heads, grid, cond_dim=0, window=0):
         super().__init__(dim, num_heads, grid, cond_dim, window)
         self.token = nn.Linear(cond_dim or dim, 2 * dim)
 
-    def attend(self, q, k, v, c):
-        time = self.token(c).view(len(c), 2, self.num_heads, 1, -1).repeat_interleave(len(q) // len(c), 0)
-        k, v = torch.cat([k, time[:, 0]], dim=2), torch.cat([v, time[:, 1]], dim=2)
-        bias = F.pad(self.bias(self.relative_position_bias_table), (0, 1))  # (h, w^2, w^2 + 1)
-        return attend(q, k, v, bias.to(q.dtype))
+    def forward(self, x, c):
+        q, k, v = self.split_windows(self.qkv(x))                       # each (B n^2, h, w^2, D/h)
+        windows = len(q) // len(c)                                      # n^2
+        token = self.token(c).view(len(c), 2, self.num_heads, 1, -1)    # (B, 2, h, 1, D/h)
+        token_k, token_v = token.repeat_interleave(windows, 0).unbind(1)
+        k = torch.cat([k, token_k], dim=2)                              # (B n^2, h, w^2 + 1, D/h)
+        v = torch.cat([v, token_v], dim=2)
+        bias = self.bias(self.relative_position_bias_table)             # (h, w^2, w^2)
+        bias = F.pad(bias, (0, 1))                                      # 0 for the time's token
+        x = attend(q, k, v, bias)
+        return self.proj(self.join_windows(x))
 
 
 class TimeInBias(Untimed):
-    """The time adds to the table of the relative position bias, for each offset and head."""
+    """The time is added to the table of the relative position bias, for each offset and head."""
 
-    def __init__(self, dim, num_heads, grid, cond_dim=None, window=None):
+    def __init__(self, dim, num_heads, grid, cond_dim=0, window=0):
         super().__init__(dim, num_heads, grid, cond_dim, window)
         self.bias_temb = nn.Linear(cond_dim or dim, self.relative_position_bias_table.numel())
 
-    def attend(self, q, k, v, c):
-        table = self.relative_position_bias_table
-        bias = self.bias(table + self.bias_temb(c).view(-1, *table.shape))  # (B, h, w^2, w^2)
-        return attend(q, k, v, bias.to(q.dtype).repeat_interleave(len(q) // len(c), 0))
+    def forward(self, x, c):
+        q, k, v = self.split_windows(self.qkv(x))
+        windows = len(q) // len(c)                                      # n^2
+        table = self.relative_position_bias_table                       # (offsets, h)
+        table = table + self.bias_temb(c).view(-1, *table.shape)        # (B, offsets, h)
+        bias = self.bias(table)                                         # (B, h, w^2, w^2)
+        x = attend(q, k, v, bias.repeat_interleave(windows, 0))
+        return self.proj(self.join_windows(x))
 
 
-ATTENTION = {                         # time_in: where the time enters a DiffiTBlock
-    "qkv": TMSA,                      # eqs. 3-6 (Table 6, H; Table 7, mixed)
-    "token": TimeAsToken,             # Table 7, separate
-    "bias": TimeInBias,               # Table 6, F
-    "mlp": Untimed,                   # Table 6, G: in the hidden layer of the MLP
-    "none": Untimed}                  # nowhere: for blocks that get it in another way (Table 4's plain stages)
+# time_in of a DiffiTBlock -> its attention
+ATTENTION = {
+    "qkv": TMSA,                                    # eqs. 3-6 (Table 6, H; Table 7, mixed)
+    "token": TimeAsToken,                           # Table 7, separate
+    "bias": TimeInBias,                             # Table 6, F
+    "mlp": Untimed,                                 # Table 6, G: in the hidden layer of the MLP
+    "none": Untimed,                                # in Table 4's plain stages, below
+}
 
 
-# ---------------------------------------------------------------------------------------------
-# What Table 4 compares with. A: ViTEncoder and SETRDecoder; B: plain Encoder and SETRDecoder; C: plain Encoder and
-# Decoder; D: the encoder of DiffiT and a plain Decoder. Plain stages have ResBlocks without time (see Stage).
+# -------------------------------------------------------------------------------------------------
+# For Table 4: other encoders and decoders
+#
+#     A  ViTEncoder, SETRDecoder          C  PlainEncoder, PlainDecoder       E  DiffiTUNet
+#     B  PlainEncoder, SETRDecoder        D  Encoder, PlainDecoder
 
-class ViTEncoder(nn.Module):
-    """A vision transformer of sum(blocks) plain blocks (12 in the paper), as wide as the last of channels, on patches
-    of 2 (neither is said): features after each of its len(channels) stages, all of one resolution."""
 
-    def __init__(self, input_size, channels, blocks, num_heads, mlp_ratio, cond_size):
-        super().__init__()
-        grid, dim = input_size // 2, channels[-1]
-        self.patches = PatchEmbed(2, channels[0], dim)
-        self.register_buffer("pos_embed", sincos_2d(dim, grid))
-        self.stages = nn.ModuleList(
-            Stage((DiffiTBlock(dim, num_heads, mlp_ratio, grid, cond_size, None, "none") for _ in range(count)), dim,
-                  cond_size) for count in blocks)
-        self.widths = (dim,) * len(blocks)
+class PlainStage(Stage):
+    """A stage whose ResBlocks do not see the time: it is projected, scaled for each channel by a
+    learned number, and added to the input of the stage."""
+
+    def __init__(self, count, in_channels, out_channels, grid, window, **options):
+        options = {**options, "time_in": "none"}
+        super().__init__(count, in_channels, out_channels, grid, window, **options)
+        self.temb = nn.Linear(options["cond_dim"], in_channels)
+        self.scale = nn.Parameter(torch.ones(in_channels))
 
     def forward(self, x, c):
-        tokens, features = self.patches(x) + self.pos_embed, []
+        time = self.scale * self.temb(c)                                # (B, in)
+        return super().forward(x + time[:, :, None, None], c)
+
+
+class PlainEncoder(Encoder):
+    stage_class = PlainStage
+
+
+class PlainDecoder(Decoder):
+    stage_class = PlainStage
+
+
+class ViTStage(nn.Module):
+    """The same for tokens (B, N, D): the scaled time, then transformer blocks without it."""
+
+    def __init__(self, count, dim, num_heads, mlp_ratio, grid, cond_dim):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            DiffiTBlock(dim, num_heads, mlp_ratio, grid, cond_dim, time_in="none")
+            for _ in range(count)
+        )
+        self.temb = nn.Linear(cond_dim, dim)
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x, c):
+        time = self.scale * self.temb(c)                                # (B, D)
+        x = x + time[:, None]
+        for block in self.blocks:
+            x = block(x, c)
+        return x
+
+
+class ViTEncoder(nn.Module):
+    """A vision transformer of sum(blocks) blocks (12 in the paper) on patches of 2, as wide as the
+    last of channels (the paper states neither patch nor width). x (B, channels[0], H, W) -> the
+    features of each stage, all of one resolution, (B, channels[-1], H/2, W/2).
+
+    Like SETRDecoder it has no ResBlocks, and so no use for their other options.
+    """
+
+    def __init__(self, input_size, channels, blocks, num_heads, mlp_ratio, cond_dim, **unused):
+        super().__init__()
+        dim = channels[-1]
+        self.grid = input_size // 2
+        self.widths = (dim,) * len(blocks)
+        self.patches = PatchEmbed(2, channels[0], dim)
+        self.register_buffer("pos_embed", sincos_2d(dim, self.grid))
+        self.stages = nn.ModuleList(
+            ViTStage(count, dim, num_heads, mlp_ratio, self.grid, cond_dim) for count in blocks
+        )
+
+    def forward(self, x, c):
+        tokens = self.patches(x) + self.pos_embed                       # (B, N, D)
+        features = []
         for stage in self.stages:
             tokens = stage(tokens, c)
-            features.append(tokens.transpose(1, 2).unflatten(2, (x.shape[2] // 2, x.shape[3] // 2)))
+            features.append(tokens.transpose(1, 2).unflatten(2, (self.grid, self.grid)))
         return features
-
-
-class SETRDecoder(nn.Module):
-    """SETR-MLA (Zheng et al. 2021): each feature map is made `width` wide, those of later stages are added to it, and
-    all are brought to the full size and joined."""
-
-    def __init__(self, input_size, widths, width):
-        super().__init__()
-        self.input_size = input_size
-        self.reduce = nn.ModuleList(nn.Conv2d(w, width, 1) for w in widths)
-        self.refine = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in widths)
-        self.join = nn.Conv2d(len(widths) * width, width, 3, padding=1)
-
-    def forward(self, features, c):
-        total, full = 0, []
-        for level in range(len(features) - 1, -1, -1):
-            x = self.reduce[level](features[level])
-            total = x + (resize(total, x.shape[-1]) if full else 0)
-            full.append(resize(F.silu(self.refine[level](total)), self.input_size))
-        return self.join(torch.cat(full, dim=1))
 
 
 def resize(x, size):
     return F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
 
 
-# ---------------------------------------------------------------------------------------------
-# What Table 5 puts TMSA into
+class SETRDecoder(nn.Module):
+    """SETR-MLA (Zheng et al. 2021): all features are reduced to channels[0], each is added to the
+    sum of the coarser ones, and all sums are resized to the full size and joined."""
 
-class DDPMpp(nn.Module):
-    """DDPM++ (Song et al. 2021): a U-Net with self-attention at 16 x 16 and in the middle, its own (time_in "none") or
-    TMSA ("qkv"). channels, blocks: as in DiffiTUNet; the decoder has one block more at each resolution."""
-
-    def __init__(self, input_size=32, in_channels=3, channels=(256, 256, 256), blocks=(4, 4, 4), num_heads=1,
-                 cond_size=512, dropout=0.0, num_classes=0, class_dropout_prob=0.1, learn_sigma=False, time_in="none",
-                 time_embedding="positional", augment=False):
+    def __init__(self, input_size, channels, blocks, skips, **unused):
         super().__init__()
-        last, stem = check_levels(input_size, channels, blocks) - 1, cond_size // 4  # the base width: 128
-        if not stem:
-            raise ValueError(f"a time token of {cond_size} is too narrow: DDPM++ begins with a quarter of it")
-        chosen("time_in", time_in, ("qkv", "none"))
-        add_condition(self, cond_size, time_embedding, num_classes, class_dropout_prob, augment, frequencies=stem)
+        width = channels[0]
+        self.input_size = input_size
+        self.reduce = nn.ModuleList(nn.Conv2d(skip, width, 1) for skip in skips)
+        self.refine = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in skips)
+        self.join = nn.Conv2d(len(skips) * width, width, 3, padding=1)
 
-        def block(before, width, level, attends, **resample):
+    def forward(self, features, c):
+        total = None
+        full = []                                                       # (B, channels[0], H, W)
+        for level in range(len(features) - 1, -1, -1):
+            x = self.reduce[level](features[level])
+            total = x if total is None else x + resize(total, x.shape[-1])
+            full.append(resize(F.silu(self.refine[level](total)), self.input_size))
+        return self.join(torch.cat(full, dim=1))
+
+
+ENCODERS = {"diffit": Encoder, "plain": PlainEncoder, "vit": ViTEncoder}
+DECODERS = {"diffit": Decoder, "plain": PlainDecoder, "setr": SETRDecoder}
+
+
+class Table4UNet(DiffiTUNet):
+    """DiffiTUNet with another encoder or decoder, by its name. UserError for an unknown one."""
+
+    def __init__(self, *args, encoder: str = "diffit", decoder: str = "diffit", **options):
+        # Before super(), which makes one of each.
+        self.encoder_class = lookup("encoder", encoder, ENCODERS)
+        self.decoder_class = lookup("decoder", decoder, DECODERS)
+        super().__init__(*args, **options)
+
+
+# -------------------------------------------------------------------------------------------------
+# For Table 5: DDPM++, and TMSA in it
+
+
+class DDPMppBlock(nn.Module):
+    """h = Conv(Swish(GN(x))) + time;  x = (Conv(Dropout(Swish(GN(h)))) + x) / sqrt 2;  with heads
+    also x = (attention(GN(x)) + x) / sqrt 2. x (B, width_in, H, W) -> (B, width, H, W), or with
+    down or up at half or twice the resolution. tmsa: the attention is TMSA."""
+
+    def __init__(
+        self, width_in, width, cond_size, grid, dropout, num_heads, tmsa, down=False, up=False
+    ):
+        super().__init__()
+        self.downsamples = down
+        self.upsamples = up
+        self.norm1 = group_norm(width_in, 1e-6)
+        self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
+        self.temb = nn.Linear(cond_size, width)
+        self.norm2 = group_norm(width, 1e-6)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.dropout = nn.Dropout(dropout)
+        changes = width_in != width or down or up
+        self.skip = nn.Conv2d(width_in, width, 1) if changes else nn.Identity()
+        self.norm3 = group_norm(width, 1e-6) if num_heads else None
+        self.attn = None
+        if num_heads and tmsa:
+            self.attn = TMSA(width, num_heads, grid, cond_size)
+        elif num_heads:
+            self.attn = Attention(width, num_heads)
+
+    def resample(self, x):
+        if self.downsamples:
+            return F.avg_pool2d(x, 2)
+        if self.upsamples:
+            return F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return x
+
+    def forward(self, x, c):
+        h = self.conv1(self.resample(F.silu(self.norm1(x))))            # (B, width, H', W')
+        h = h + self.temb(F.silu(c))[:, :, None, None]                  # a number for each channel
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        x = (h + self.skip(self.resample(x))) * math.sqrt(0.5)          # keeps the variance at 1
+        if self.attn is not None:
+            tokens = self.norm3(x).flatten(2).transpose(1, 2)           # (B, N, width)
+            tokens = self.attn(tokens, c) if isinstance(self.attn, TMSA) else self.attn(tokens)
+            x = (tokens.transpose(1, 2).reshape(x.shape) + x) * math.sqrt(0.5)
+        return x
+
+
+def ddpmpp_blocks(block, input_size, stem, channels, blocks):
+    """The blocks of the left half, the middle and the right half, each in the order of use.
+    block(width_in, width, level, attends, down or up) makes one."""
+    last = len(channels) - 1
+    down = []
+    width = stem
+    skips = [stem]                                                      # widths, for the right half
+    for level, count in enumerate(blocks):
+        if level > 0:
+            down.append(block(width, width, level, down=True))
+            skips.append(width)
+        for _ in range(count):
+            attends = input_size >> level == 16
+            down.append(block(width, channels[level], level, attends))
+            width = channels[level]
+            skips.append(width)
+
+    middle = [block(width, width, last, attends=True), block(width, width, last)]
+
+    up = []
+    for level in range(last, -1, -1):
+        if level < last:
+            up.append(block(width, width, level, up=True))
+        # One more than on the left, where each resolution starts with a block that downsamples, or
+        # the stem, and hands that over, too. At 16 x 16 only the last of them attends.
+        for i in range(blocks[level] + 1):
+            attends = input_size >> level == 16 and i == blocks[level]
+            up.append(block(width + skips.pop(), channels[level], level, attends))
+            width = channels[level]
+    return down, middle, up
+
+
+def stem_width(cond_size):
+    """DDPM++'s base width: 128 for a time token of 512. UserError if nothing is left of it."""
+    if cond_size < 4:
+        raise UserError(
+            f"a time token of {cond_size} is too narrow for DDPM++, which starts with a quarter of "
+            f"it; choose a width of 4 or more"
+        )
+    return cond_size // 4
+
+
+class DDPMpp(Network):
+    """DDPM++ (Song et al. 2021): a U-Net with self-attention at 16 x 16 and in the middle, its own
+    (time_in "none") or TMSA ("qkv"). channels, blocks: as in DiffiTUNet; the decoder has one block
+    more at each resolution. UserError if the sizes do not divide."""
+
+    def __init__(
+        self,
+        input_size: int = 32,
+        in_channels: int = 3,
+        channels: tuple[int, ...] = (256, 256, 256),
+        blocks: tuple[int, ...] = (4, 4, 4),
+        num_heads: int = 1,
+        cond_size: int = 512,
+        dropout: float = 0.0,
+        num_classes: int = 0,
+        class_dropout_prob: float = 0.1,
+        learn_sigma: bool = False,
+        time_in: str = "none",
+        time_embedding: str = "positional",
+        augment: bool = False,
+    ):
+        super().__init__()
+        check_levels(input_size, channels, blocks)
+        tmsa = lookup("time_in", time_in, {"none": False, "qkv": True})
+        stem = stem_width(cond_size)
+        out_channels = 2 * in_channels if learn_sigma else in_channels
+        self.add_condition(
+            cond_size, time_embedding, num_classes, class_dropout_prob, augment, sinusoids=stem
+        )
+
+        def block(width_in, width, level, attends=False, **resample):
+            heads = num_heads if attends else 0
             grid = input_size >> level
-            return DDPMppBlock(before, width, cond_size, grid, dropout,
-                               num_heads if attends else 0, time_in == "qkv", **resample)
+            return DDPMppBlock(width_in, width, cond_size, grid, dropout, heads, tmsa, **resample)
 
-        self.stem, widths, self.down, self.up = nn.Conv2d(in_channels, stem, 3, padding=1), [stem], [], []
-        x = stem
-        for level, (width, count) in enumerate(zip(channels, blocks)):
-            if level:
-                self.down.append(block(x, x, level, False, down=True))
-                widths.append(x)
-            for _ in range(count):
-                self.down.append(block(x, width, level, input_size >> level == 16))
-                x = width
-                widths.append(x)
-        self.middle = nn.ModuleList([block(x, x, last, True), block(x, x, last, False)])
-        for level in range(last, -1, -1):
-            if level < last:
-                self.up.append(block(x, x, level, False, up=True))
-            for i in range(blocks[level] + 1):
-                attends = input_size >> level == 16 and i == blocks[level]
-                self.up.append(block(x + widths.pop(), channels[level], level, attends))
-                x = channels[level]
-        self.down, self.up = nn.ModuleList(self.down), nn.ModuleList(self.up)
-        self.head_norm = group_norm(x, 1e-6)
-        self.head = nn.Conv2d(x, (2 if learn_sigma else 1) * in_channels, 3, padding=1)
-        init_common(self)
-        blocks = [module for module in self.modules() if isinstance(module, DDPMppBlock)]
-        for end in [self.head, *(b.conv2 for b in blocks), *(b.attn.proj for b in blocks if b.attn is not None)]:
-            nn.init.zeros_(end.weight)
+        self.stem = nn.Conv2d(in_channels, stem, 3, padding=1)
+        down, middle, up = ddpmpp_blocks(block, input_size, stem, channels, blocks)
+        # Optimizer states know parameters by this order, which is not the one of construction.
+        self.middle = nn.ModuleList(middle)
+        self.down = nn.ModuleList(down)
+        self.up = nn.ModuleList(up)
+        self.head_norm = group_norm(channels[0], 1e-6)
+        self.head = nn.Conv2d(channels[0], out_channels, 3, padding=1)
+        self.init_weights()
 
-    def forward(self, x, t, y=None, augmented=None):
-        c = condition(self, t, y, augmented)                               # (B, cond_size)
-        x = self.stem(x)
+    def init_weights(self):
+        """How weights start, besides Network's: the output and the last map of every residual
+        branch are zero."""
+        super().init_weights()
+        nn.init.zeros_(self.head.weight)
+        for module in self.modules():
+            if isinstance(module, DDPMppBlock):
+                nn.init.zeros_(module.conv2.weight)
+                if module.attn is not None:
+                    nn.init.zeros_(module.attn.proj.weight)
+
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, augmented: Tensor | None = None
+    ) -> Tensor:
+        c = self.condition(t, y, augmented)                             # (B, cond_size)
+        x = self.stem(x)                                                # (B, stem, H, W)
         skips = [x]
         for block in self.down:
             x = block(x, c)
@@ -668,57 +1040,125 @@ class DDPMpp(nn.Module):
         for block in self.middle:
             x = block(x, c)
         for block in self.up:
+            # Blocks that upsample have no skip; every other one takes the last that is left.
             x = block(x if block.upsamples else torch.cat([x, skips.pop()], dim=1), c)
-        return self.head(F.silu(self.head_norm(x)))
+        return self.head(F.silu(self.head_norm(x)))                     # (B, out, H, W)
 
 
-class DDPMppBlock(nn.Module):
-    """h = Conv(Swish(GN(x))) + time;  x = (Conv(Dropout(Swish(GN(h)))) + x) / sqrt 2;  then, with heads, x =
-    (attention(GN(x)) + x) / sqrt 2. down, up: at half, or twice, the resolution of x. tmsa: that attention is TMSA."""
+# -------------------------------------------------------------------------------------------------
+# Networks of a Config
 
-    def __init__(self, before, width, cond_size, grid, dropout, num_heads, tmsa, down=False, up=False):
-        super().__init__()
-        self.downsamples, self.upsamples = down, up
-        self.norm1, self.conv1 = group_norm(before, 1e-6), nn.Conv2d(before, width, 3, padding=1)
-        self.temb = nn.Linear(cond_size, width)
-        self.norm2, self.conv2 = group_norm(width, 1e-6), nn.Conv2d(width, width, 3, padding=1)
-        self.dropout = nn.Dropout(dropout)
-        self.skip = nn.Conv2d(before, width, 1) if before != width or down or up else nn.Identity()
-        self.norm3, self.attn = (group_norm(width, 1e-6) if num_heads else None), None
-        if num_heads:
-            self.attn = TMSA(width, num_heads, grid, cond_size) if tmsa else Attention(width, num_heads)
-
-    def resample(self, x):
-        x = F.avg_pool2d(x, 2) if self.downsamples else x
-        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.upsamples else x
-
-    def forward(self, x, c):
-        h = self.conv1(self.resample(F.silu(self.norm1(x)))) + self.temb(F.silu(c))[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        x = (h + self.skip(self.resample(x))) * math.sqrt(0.5)
-        if self.attn is not None:
-            tokens = self.norm3(x).flatten(2).transpose(1, 2)              # (B, H*W, width)
-            tokens = self.attn(tokens, c) if isinstance(self.attn, TMSA) else self.attn(tokens)
-            x = (tokens.transpose(1, 2).reshape(x.shape) + x) * math.sqrt(0.5)
-        return x
+# The units that train.py compiles, or computes again in the backward pass.
+BLOCKS = (DiffiTBlock, DiTBlock, DDPMppBlock)
 
 
-BLOCKS = DiffiTBlock, DiTBlock, DDPMppBlock  # what train.py compiles, or computes again in backward
-
-
-def build(cfg):
-    """The network that a Config describes (the only place in this file that knows of Config)."""
-    shared = dict(input_size=cfg.input_size, in_channels=cfg.in_channels, num_heads=cfg.num_heads,
-                  num_classes=cfg.num_classes, class_dropout_prob=cfg.class_dropout_prob, learn_sigma=cfg.learn_sigma,
-                  time_embedding=cfg.time_embedding, augment=cfg.augment > 0)
-    tokens = dict(patch_size=cfg.patch_size, hidden_size=cfg.hidden_size, depth=cfg.depth, mlp_ratio=cfg.mlp_ratio,
-                  embed_gain=cfg.embed_gain)
-    levels = dict(channels=cfg.channels, blocks=cfg.blocks, cond_size=cfg.cond_size, dropout=cfg.dropout)
-    if cfg.model == "diffit":
-        return DiffiT(**shared, **tokens, time_in=cfg.time_in)
-    if cfg.model == "dit":
-        return DiT(**shared, **tokens)
+def build(cfg) -> nn.Module:
+    """The network that a configs.Config describes. UserError if its sizes do not fit each other.
+    Only this function and `measure` know Config: all else takes numbers and names."""
+    shared = dict(
+        input_size=cfg.input_size,
+        in_channels=cfg.in_channels,
+        num_heads=cfg.num_heads,
+        num_classes=cfg.num_classes,
+        class_dropout_prob=cfg.class_dropout_prob,
+        learn_sigma=cfg.learn_sigma,
+        time_embedding=cfg.time_embedding,
+        augment=cfg.augment > 0,
+    )
+    if cfg.model in ("diffit", "dit"):  # latent networks
+        shared.update(
+            patch_size=cfg.patch_size,
+            hidden_size=cfg.hidden_size,
+            depth=cfg.depth,
+            mlp_ratio=cfg.mlp_ratio,
+            embed_gain=cfg.embed_gain,
+        )
+        return DiT(**shared) if cfg.model == "dit" else DiffiT(**shared, time_in=cfg.time_in)
+    shared.update(  # U-Nets
+        channels=cfg.channels,
+        blocks=cfg.blocks,
+        cond_size=cfg.cond_size,
+        dropout=cfg.dropout,
+        time_in=cfg.time_in,
+    )
     if cfg.model == "ddpmpp":
-        return DDPMpp(**shared, **levels, time_in=cfg.time_in)
-    return DiffiTUNet(**shared, **levels, mlp_ratio=cfg.mlp_ratio, window=cfg.window, time_in=cfg.time_in,
-                      encoder=cfg.encoder, decoder=cfg.decoder)
+        return DDPMpp(**shared)
+    shared.update(mlp_ratio=cfg.mlp_ratio, window=cfg.window)
+    if cfg.encoder == cfg.decoder == "diffit":
+        return DiffiTUNet(**shared)
+    return Table4UNet(**shared, encoder=cfg.encoder, decoder=cfg.decoder)
+
+
+def measure(cfg) -> tuple[int, float, int]:
+    """Of the network that a configs.Config describes: trained parameters, multiply-adds of a
+    forward pass of one image, and tokens. Counted on the meta device: nothing is computed."""
+    with torch.device("meta"):
+        model = build(cfg).eval()
+        x = torch.empty(1, cfg.in_channels, cfg.input_size, cfg.input_size)
+        t = torch.zeros(1)
+        with FlopCounterMode(display=False) as counter:
+            model(x, t)
+    trained = sum(p.numel() for p in model.parameters())                # not buffers
+    multiply_adds = counter.get_total_flops() / 2                       # which it counts twice
+    tokens = (cfg.input_size // (cfg.patch_size or 1)) ** 2             # in a U-Net: pixels
+    return trained, multiply_adds, tokens
+
+
+# -------------------------------------------------------------------------------------------------
+# Weights of one network for another: other classes, another resolution
+
+LABELS = "y_embedder.embedding_table.weight"
+POSITIONS = "pos_embed"
+BIAS_TABLE = "relative_position_bias_table"
+
+
+def rows(state, name):
+    """Of a table in a state_dict, (rows, D) or (1, rows, D); 0 if there is none."""
+    return math.prod(state[name].shape[:-1]) if name in state else 0
+
+
+def interpolate_bias(table, shape):
+    """A bias table ((2w - 1)^2, h), resized bilinearly to the shape it has for another window. The
+    largest offsets stay at the corners, and offset 0 in the middle. A table that already has this
+    shape, or has another number of heads, is returned as it is."""
+    before, after = math.isqrt(table.shape[:1].numel()), math.isqrt(shape[0])
+    if table.shape == shape or not before or table.shape != (before**2, shape[1]):
+        return table
+    image = table.float().T.reshape(1, -1, before, before)
+    image = F.interpolate(image, (after, after), mode="bilinear", align_corners=True)
+    return image.view(shape[1], shape[0]).T.contiguous()
+
+
+def adapt_weights(weights: dict[str, Tensor], network: nn.Module) -> tuple[dict, list[str]]:
+    """Weights of a network with other classes, or of another resolution -> a state_dict for this
+    network (which may be on the meta device), and sentences that say what was changed.
+
+    What cannot carry over is the network's own: a label table for other classes, and the positions
+    of another grid. The relative position bias is interpolated. The rest is neither changed nor
+    checked.
+    """
+    own = network.state_dict()
+    adapted = dict(weights)
+    notes = []
+
+    before = max(0, rows(weights, LABELS) - 1)                          # without the null class
+    now = max(0, rows(own, LABELS) - 1)
+    if before != now:
+        adapted.pop(LABELS, None)
+        fate = "re-initialised" if now else "left out"
+        notes.append(f"{before} classes there and {now} here, so the label table is {fate}")
+    if POSITIONS in own and rows(weights, POSITIONS) != rows(own, POSITIONS):
+        adapted.pop(POSITIONS, None)
+        notes.append(f"the position table is recomputed for {rows(own, POSITIONS)} tokens")
+    for name in (LABELS, POSITIONS):
+        if name in own:
+            adapted.setdefault(name, own[name])                         # where they were removed
+
+    # One table for each block (in a U-Net only those whose windows have another size differ).
+    tables = [name for name in own if name.endswith(BIAS_TABLE) and name in weights]
+    for name in tables:
+        adapted[name] = interpolate_bias(weights[name], own[name].shape)
+    resized = sum(adapted[name] is not weights[name] for name in tables)
+    if resized:
+        notes.append(f"{resized} relative position bias tables are interpolated")
+    return adapted, notes

@@ -1,26 +1,27 @@
-"""Generation from a checkpoint, `python sample.py --ckpt FILE`, and scores of what was generated.
+"""Images from a checkpoint, and scores of images.
 
-In this order: the machine (processes, precision, speed; train.py uses it, too), networks from files, generation, many
-images in parts, the Inception network, scores, the command. Image i follows from (seed, i) alone: all of its noise
-comes from a generator of its own, and so does not change with the batch size, the number of images or the order in
-which they are made.
+    python sample.py --ckpt FILE                        generate images
+    python sample.py --images PATH --score REF.npz      score images that exist
+    python sample.py --reference DATA --out REF.npz     make a reference for --score
+    python sample.py --bench                            time the sampling
+
+In this order: networks from files, generation, many images in a folder, the Inception network,
+scores, the four commands. Image i depends on (seed, i) alone: all of its noise comes from a
+generator of its own, so it does not change with the batch size, the number of images, the number of
+processes or the order in which they are generated.
 """
-import contextlib
+
 import dataclasses
-import datetime
 import functools
-import gc
 import itertools
 import json
 import math
 import os
-import shutil
-import signal
 import sys
-import tempfile
 import time
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,279 +30,83 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 
+import configs
 import data
 import diffit
 import diffusion
-from configs import PRESETS, Config, Parser, config_from, flag_of
+from configs import SAMPLING, Config, Parser, UserError, at_least, autocast, rank_and_size
 
-
-# ---------------------------------------------------------------------------------------------
-# The machine: one process, or those that torchrun started
-
-PATIENCE = datetime.timedelta(minutes=10)  # how long a process waits for another before it gives up
-
-
-def run_command(parser, act, if_short_of_memory, if_others_are_lost):
-    """What `python train.py` and `python sample.py` do: act(), in all processes that were started, with one sentence
-    and exit code 2 for what goes wrong; lack of GPU memory and the loss of a process end with the caller's advice.
-    act -> the number of the signal that ended it, or None."""
-    try:
-        join_processes()
-        stopped = act()
-        leave_processes()
-    except (ValueError, OSError) as error:
-        if getattr(error, "shared", False) and rank_and_size()[0]:
-            sys.exit(2)                                                    # rank 0 says it for all
-        parser.exit(2, f"\n{parser.prog}: {error}\n")
-    except torch.OutOfMemoryError:
-        parser.exit(2, f"\n{parser.prog}: out of GPU memory; {if_short_of_memory}\n")
-    except RuntimeError as error:
-        if "DataLoader worker" in str(error):
-            parser.exit(2, f"\n{parser.prog}: a process that reads data has ended ({data.reason(error)}); if memory "
-                           f"was short, take fewer --workers or smaller images\n")
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        parser.exit(2, f"\n{parser.prog}: rank {rank_and_size()[0]} lost the other processes "
-                       f"({str(error).splitlines()[0][:160]}); {if_others_are_lost}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"\n{parser.prog}: stopped\n")
-    if stopped:
-        sys.exit(128 + stopped)
-
-
-def default_device():
-    """This process's own GPU, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cpu")
-
-
-def join_processes():
-    """Under torchrun, meet the other processes: NCCL on GPUs, gloo on CPUs. ValueError if they do not come."""
-    if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
-        return
-    device = default_device()
-    if device.type == "cuda":
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(f"there are {torch.cuda.device_count()} GPUs here, and this is process {device.index + 1} "
-                             f"on this machine; start no more processes than GPUs")
-        torch.cuda.set_device(device)
-    try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"rank {os.environ.get('RANK')} of {os.environ['WORLD_SIZE']} could not meet the others at "
-                         f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} "
-                         f"({str(error).splitlines()[0][:200]}); are all of them started?") from None
-
-
-def leave_processes():
-    """Before the end: without this, processes that are still talking complain of those that are gone."""
-    if rank_and_size()[1] > 1:
-        dist.destroy_process_group()
-        gc.collect()                                                       # its threads must end before the interpreter
-
-
-def rank_and_size():
-    """This process's number, and how many there are; (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-def from_all(x):
-    """x (..., b) of every process, in order of rank -> (..., b * size), on each of them."""
-    size = rank_and_size()[1]
-    if size == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(size)]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts, dim=-1)
-
-
-def objects_from_all(value):
-    """[value of rank 0, of rank 1, ...], on each process."""
-    values = [value] * rank_and_size()[1]
-    if len(values) > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-def on_rank_0(act):
-    """Call act in one process, once all have come this far, -> what it returns, in all. What it raises is raised in
-    all, too; `shared` says that rank 0 will report it."""
-    if rank_and_size()[1] == 1:
-        return act()
-    objects_from_all(None)
-    result, error = None, None
-    if rank_and_size()[0] == 0:
-        try:
-            result = act()
-        except (ValueError, OSError) as caught:
-            error = (OSError if isinstance(caught, OSError) else ValueError)(str(caught))
-    result, error = objects_from_all((result, error))[0]
-    if error:
-        error.shared = True
-        raise error
-    return result
-
-
-def fast_bf16(device):
-    """True where bf16 is faster than fp32: CUDA from Ampere on, CPUs with AMX. (Elsewhere it works, and is slower.)"""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.cpu._is_amx_tile_supported()
-
-
-def arithmetic_of(precision, device):
-    """What --precision means on this device: bf16, fp16, tf32 or fp32."""
-    if precision == "auto":
-        return "bf16" if fast_bf16(device) else "fp32"
-    return precision
-
-
-def autocast(precision, device):
-    """The context in which networks run. Parameters, sums and losses stay fp32. On CUDA it also says, for the whole
-    process, whether fp32 products may use tf32."""
-    kind = arithmetic_of(precision, device)
-    if device.type == "cuda":                                              # fp32 products of 10 bits, or of all 23
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = kind == "tf32"
-    return torch.autocast(device.type, torch.float16 if kind == "fp16" else torch.bfloat16, kind in ("bf16", "fp16"))
-
-
-def finished(device):
-    """The time at which all that was asked of the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def memory(device):
-    """Peak memory of this process in GB: on the GPU, or in all on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    if sys.platform == "win32":
-        return math.nan
-    import resource                                                        # Windows has none
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def measure(cfg):
-    """-> trained parameters, multiply-adds of one forward pass of one image, tokens; counted on the meta device."""
-    with torch.device("meta"):
-        model = diffit.build(cfg).eval()
-        x, t = torch.empty(1, cfg.in_channels, cfg.input_size, cfg.input_size), torch.zeros(1)
-        with FlopCounterMode(display=False) as counter:
-            model(x, t)
-    trained = sum(p.numel() for p in model.parameters())
-    return trained, counter.get_total_flops() / 2, (cfg.input_size // (cfg.patch_size or 1)) ** 2
-
-
-def speed(images_per_s, multiply_adds, cfg, device, size=1):
-    """In words: images/s, TFLOP/s (two for a multiply-add), their share of what a matrix product reaches in the same
-    arithmetic here and now, and peak memory."""
-    peak_memory, side = memory(device), 8192 if device.type == "cuda" else 2048
-    a = torch.randn(side, side, device=device)
-    with torch.no_grad(), autocast(cfg.precision, device):
-        for _ in range(3):
-            a @ a
-        began = finished(device)
-        for _ in range(10):
-            a @ a
-        peak = 10 * 2 * side ** 3 / (finished(device) - began) * size
-    rate = 2 * multiply_adds * images_per_s
-    return (f"{images_per_s:.1f} images/s, {rate / 1e12:.3g} TFLOP/s, {100 * rate / peak:.0f} % of the "
-            f"{peak / 1e12:.3g} TFLOP/s of a matrix product of {side} in {arithmetic_of(cfg.precision, device)}"
-            f"{f' on {size} processes' if size > 1 else ''}, {peak_memory:.2f} GB")
-
-
-def seed_from(*numbers):
-    """A 64-bit seed that depends on all the numbers given; near numbers give unrelated seeds."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
-
-
-# ---------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Networks from files
 
-FORMAT = "diffit checkpoint 1"
 
-
-def read_checkpoint(path):
-    """What train.save_checkpoint wrote: a dict of tensors and plain values, memory-mapped. ValueError if the file is
-    missing, truncated or something else."""
-    state = data.read_file(path)
-    if state.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a checkpoint of train.py (expected the format {FORMAT!r})")
-    return state
-
-
-def load_model(path, preset="", raw=False, device=None):
-    """A checkpoint of train.py, or published weights of the network of a preset (a DiffiT .safetensors, a DiT .pt)
-    -> model in eval mode, its Config. EMA weights where there are some, or with raw those that the optimizer holds.
-    On a CPU the file itself, memory-mapped, is the one copy. ValueError if the file is something else."""
+def load_model(
+    path: str, preset: str = "", ema: bool = True, device: torch.device | str | None = None
+) -> tuple[nn.Module, Config]:
+    """A checkpoint of train.py, or published weights of the network of a preset (a DiffiT
+    .safetensors, a DiT .pt) -> the network in eval mode, and its Config. With ema, the EMA weights
+    where there are some; without, those of the optimizer. On a CPU the file itself, memory-mapped,
+    is the only copy. UserError if the file is something else."""
     content = data.read_file(path)
-    weights, kind = data.weights_in(content, path, raw)
+    weights, kind = data.weights_in(content, path, ema)
     if "post_quant_conv.weight" in weights:
-        raise ValueError(f"{path} is a VAE; pass it as --vae, and a network as --ckpt")
-    if content.get("format") == FORMAT:
-        if preset:
-            raise ValueError(f"--preset {preset}: {path} is a checkpoint of train.py, which knows its own network; "
-                             f"leave --preset out")
-        try:
-            cfg = Config(**content["config"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"the configuration in {path} is of another version of this code ({error})") from None
-    elif preset:
-        cfg = config_from(preset, {})
-    else:
-        name = next((name for name in PRESETS if fits(weights, name)), None)  # of several, the released one
-        raise ValueError(f"{path} does not say which network it holds, and "
-                         + (f"fits --preset {name}; pass that" if name else "fits no preset; it cannot be sampled"))
+        raise UserError(f"{path} is a VAE; pass it as --vae, and a network as --ckpt")
+    cfg = config_of(content, path, preset)
     with torch.device("meta"):
         model = diffit.build(cfg)
     data.load_weights(model, weights, path, assign=True)
     model.provenance = f"{kind} weights of {path}"
     if rank_and_size()[0] == 0:
-        print(f"{model.provenance}, {preset or 'a checkpoint of train.py'}", file=sys.stderr)
-    return model.to(device or default_device()).eval().requires_grad_(False), cfg
+        configs.say(f"{model.provenance}, {preset or 'a checkpoint of train.py'}")
+    return model.to(device or configs.default_device()).eval().requires_grad_(False), cfg
 
 
-def fits(weights, preset):
-    """Are these the weights of the preset's network?"""
-    with torch.device("meta"):
-        model = diffit.build(PRESETS[preset])
-    try:
-        data.check_weights(model, weights, preset)
-    except ValueError:
-        return False
-    return True
+def config_of(content, path, preset):
+    """The Config of what read_file returned: a checkpoint knows its own, other weights need a
+    preset. UserError where it is the other way round."""
+    if content.get("format") == data.FORMAT:
+        if preset:
+            raise UserError(
+                f"--preset {preset}: {path} is a checkpoint of train.py, which knows its own "
+                f"network; leave --preset out"
+            )
+        return configs.config_from_dict(content["config"])
+    if not preset:
+        raise UserError(
+            f"{path} does not say which network it holds; pass --preset (python configs.py lists "
+            f"them: imagenet256 and imagenet512 for DiffiT, dit-xl-2 and dit-xl-2-512 for DiT)"
+        )
+    return configs.config_from_preset(preset, {})
 
 
 def open_vae(cfg):
-    """The VAE that cfg names, or None for networks of pixels. ValueError if it is needed and none is named."""
+    """The VAE that cfg names, or None for networks of pixels. UserError if it is needed and none is
+    named, or if its latents do not fit."""
     if cfg.in_channels == 3:
         return None
     if not cfg.vae:
-        raise ValueError(f"this network makes latents of {cfg.in_channels} channels; pass --vae FILE (sd-vae-ft-ema or "
-                         f"sd-vae-ft-mse, see the README) to make them into pictures")
-    vae = data.load_vae(cfg.vae, default_device())
-    if vae.post_quant_conv.in_channels != cfg.in_channels:
-        raise ValueError(f"--vae {cfg.vae} has latents of {vae.post_quant_conv.in_channels} channels, and this network "
-                         f"makes {cfg.in_channels}")
+        raise UserError(
+            f"this network generates latents of {cfg.in_channels} channels; pass --vae FILE "
+            f"(sd-vae-ft-ema or sd-vae-ft-mse, see the README) to decode them"
+        )
+    vae = data.load_vae(cfg.vae, configs.default_device())
+    channels = vae.post_quant_conv.in_channels
+    if channels != cfg.in_channels:
+        raise UserError(
+            f"--vae {cfg.vae} has latents of {channels} channels, and this network generates "
+            f"{cfg.in_channels}"
+        )
     return vae
 
 
-# ---------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Generation
-
-# The fields of Config that a sampler goes by, and that may differ from those of training.
-SAMPLING = ["sampler", "steps", "eta", "churn", "churn_interval", "churn_noise", "clip",
-            "sigma_min", "sigma_max", "rho", "cfg", "cfg_schedule", "cfg_channels", "cfg_interval", "cfg_exact",
-            "vae", "precision"]
 
 
 def labels_of(indices, cfg, classes=None, seed=0):
-    """The classes of the images with these indices, (n,) int64: in turn those named, or all of them, shuffled. None for
-    networks without classes."""
+    """The classes of the images with these indices, (n,) int64: those named, in turn, or all of
+    them, shuffled. None for networks without classes."""
     if not cfg.num_classes:
         return None
     order = np.array(classes or np.random.default_rng(seed).permutation(cfg.num_classes))
@@ -309,41 +114,90 @@ def labels_of(indices, cfg, classes=None, seed=0):
 
 
 @torch.no_grad()
-def generate(model, cfg, indices, classes=None, seed=0, batch=64, process=None):
-    """Make the images with these indices, as cfg's sampling fields say: yields x (b, C, H, W) fp32 and labels y (b,),
-    or None without classes. process: in place of the one that cfg describes."""
-    device, shape = next(model.parameters()).device, (cfg.in_channels, cfg.input_size, cfg.input_size)
-    process = process or diffusion.build(cfg)
-    levels, scale = process.levels(cfg.steps), cfg.cfg
-    if scale != 1 and cfg.cfg_schedule == "power-cosine":
-        scale = diffusion.power_cosine(scale, cfg.diffusion_steps)
-    if scale != 1 and cfg.cfg_interval:
-        scale = diffusion.interval(scale, *cfg.cfg_interval, process)
-    for first in range(0, len(indices), batch):
-        chunk = indices[first:first + batch]
-        generators = [torch.Generator().manual_seed(seed_from(seed, i)) for i in chunk]
+def generate(
+    model: nn.Module,
+    cfg: Config,
+    indices: range | list[int],
+    classes: list[int] | None = None,
+    seed: int = 0,
+    batch: int = 64,
+    watch=None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Generate the images with these indices, as cfg's sampling fields say: yields x (b, C, H, W)
+    fp32 and labels y (b,), or None without classes. watch(level, x): called at each noise level."""
+    device = next(model.parameters()).device
+    shape = cfg.in_channels, cfg.input_size, cfg.input_size
+    process = diffusion.build(cfg)
+    levels = process.levels(cfg.sampling_steps)
+    scale = guidance_scale(cfg, process)
+    sampler = getattr(diffusion, cfg.sampler)
 
-        def noise():
-            return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+    for first in range(0, len(indices), batch):
+        chunk = indices[first : first + batch]
+        generators = [torch.Generator().manual_seed(configs.seed_from(seed, i)) for i in chunk]
+
+        def noise():  # (b, C, H, W): the next of each image's own
+            x = [torch.randn(shape, generator=generator) for generator in generators]
+            return torch.stack(x).to(device)
 
         y = labels_of(chunk, cfg, classes, seed)
         y = None if y is None else torch.from_numpy(y).to(device)
         f = diffusion.guided(model, y, scale, cfg.cfg_channels or None, cfg.cfg_exact)
-        options = {"ddpm": dict(noise=noise), "ddim": dict(noise=noise, eta=cfg.eta),
-                   "heun": dict(noise=noise, churn=cfg.churn, interval=cfg.churn_interval, churn_noise=cfg.churn_noise)
-                   }.get(cfg.sampler, {})
-        sampler = getattr(diffusion, cfg.sampler)
+        options = sampler_options(cfg, noise)
         with autocast(cfg.precision, device):
-            x = sampler(process, f, process.prior(noise(), levels[0]), levels, clip=cfg.clip, **options)
+            x = process.prior(noise(), levels[0])
+            x = sampler(process, f, x, levels, clip=cfg.clip_denoised, watch=watch, **options)
         yield x, y
 
 
-def pixels(x, cfg, vae=None):
-    """What a network made (b, C, H, W) -> pictures (b, height, width, 3) uint8."""
+def guidance_scale(cfg, process):
+    """The scale of guidance: a number, or a function of t."""
+    scale = cfg.cfg_scale
+    if scale != 1 and cfg.cfg_schedule == "power-cosine":
+        scale = diffusion.power_cosine(scale, cfg.diffusion_steps)
+    if scale != 1 and cfg.cfg_interval:
+        scale = diffusion.interval(scale, *cfg.cfg_interval, process)
+    return scale
+
+
+def sampler_options(cfg, noise):
+    """The arguments that cfg's sampler takes and others do not."""
+    churn = dict(churn=cfg.churn, churn_interval=cfg.churn_interval, churn_noise=cfg.churn_noise)
+    options = {
+        "ddpm": dict(noise=noise),
+        "ddim": dict(noise=noise, eta=cfg.eta),
+        "heun": dict(noise=noise, **churn),
+        "dpmpp": {},
+    }
+    return options[cfg.sampler]
+
+
+def to_images(x, cfg, vae=None):
+    """A network's samples (b, C, H, W) -> images (b, height, width, 3) uint8."""
     if vae is not None:
-        with autocast("fp32" if cfg.precision == "fp16" else cfg.precision, x.device):  # fp16 overflows in the VAE
+        precision = "fp32" if cfg.precision == "fp16" else cfg.precision  # fp16 overflows in a VAE
+        with autocast(precision, x.device):
             x = vae.decode(x)
     return data.to_uint8(x)
+
+
+def provenance(cfg, weights, vae_hash="", seed=0, classes=None):
+    """What images were generated by, in words: the weights, the VAE (its hash, where there is one),
+    sampler, steps, guidance, and each other sampling field that differs from Config's default."""
+    told = {"sampler", "sampling_steps", "cfg_scale", "vae", "precision"}
+    parts = [
+        weights + (f" and {cfg.vae} ({vae_hash})" if vae_hash else ""),
+        f"{cfg.sampler}, {cfg.sampling_steps} steps, guidance {cfg.cfg_scale:g}",
+    ]
+    for name in SAMPLING:
+        value = getattr(cfg, name)
+        if name not in told and value != getattr(Config, name):
+            parts.append(f"{name.replace('_', '-')} {value}")
+    if classes:
+        parts.append(f"classes {','.join(map(str, classes))}")
+    parts.append(f"seed {seed}")
+    parts.append(f"in {configs.arithmetic(cfg.precision, configs.default_device())}")
+    return ", ".join(parts)
 
 
 def grid_columns(cfg, classes=None):
@@ -352,307 +206,391 @@ def grid_columns(cfg, classes=None):
     return count if 1 < count <= 16 else None
 
 
-def recipe(cfg, seed=0, classes=None):
-    """In words: sampler, steps, guidance, and each other sampling field that differs from Config's default."""
-    others = [name for name in SAMPLING if name not in ("sampler", "steps", "cfg", "vae", "precision")
-              and getattr(cfg, name) != getattr(Config, name)]
-    return ", ".join([cfg.sampler, f"{cfg.steps} steps", f"guidance {cfg.cfg:g}",
-                      *(f"{name.replace('_', '-')} {getattr(cfg, name)}" for name in others),
-                      *([f"classes {','.join(map(str, classes))}"] if classes else []), f"seed {seed}",
-                      f"in {arithmetic_of(cfg.precision, default_device())}"])
-
-
-def made_by(weights, weights_hash, cfg, vae_hash, seed=0, classes=None):
-    """What made images, in words: the weights, the VAE where there is one (vae_hash: else ""), and the recipe."""
-    decoder = f" and {cfg.vae} ({vae_hash})" if vae_hash else ""
-    return f"{weights} ({weights_hash}){decoder}, {recipe(cfg, seed, classes)}"
-
-
-def save_samples(model, cfg, path, vae=None):
-    """The grid that training shows: always the same noise and classes. Four rows of classes, or 36 images, divided
-    over the processes; rank 0 writes it."""
-    n, (rank, size) = 4 * (grid_columns(cfg) or 9), rank_and_size()
-    mine = [pixels(x, cfg, vae) for x, _ in generate(model, cfg, range(rank, n, size))]
-    parts = objects_from_all(np.concatenate(mine) if mine else None)
+def save_samples(model, cfg, path, vae=None, n=None, classes=None, seed=0, batch=64):
+    """A grid of images 0 to n - 1 (by default four rows of classes, or 36). The processes divide
+    them, rank 0 writes; nothing but the grid touches the disk."""
+    columns = grid_columns(cfg, classes)
+    n = n or 4 * (columns or 9)
+    rank, size = rank_and_size()
+    mine = generate(model, cfg, range(rank, n, size), classes, seed, batch)
+    mine = [to_images(x, cfg, vae) for x, _ in mine]
+    parts = configs.all_gather_object(np.concatenate(mine) if mine else None)
     images = np.stack([parts[i % size][i // size] for i in range(n)])
-    on_rank_0(lambda: data.save_grid(images, path, grid_columns(cfg)))
+    configs.on_rank_0(lambda: data.save_grid(images, path, columns))
 
 
-class Filmed:
-    """A process that keeps what a sampler shows it: x at each level, scaled to the size of a clean image."""
+def save_gif(model, cfg, path, n, vae=None, classes=None, seed=0):
+    """The trajectory of images 0 to n - 1 from noise to clean: an animated .gif of at most 31
+    frames."""
+    process = diffusion.build(cfg)
+    frames = []
 
-    def __init__(self, process):
-        self.process, self.frames = process, {}
+    def watch(level, x):  # at the scale of a clean image
+        frames.append(x / math.hypot(*process.scales(level)))
 
-    def __getattr__(self, name):
-        return getattr(self.process, name)
-
-    def predict(self, f, x, level, clip=False):
-        self.frames[level] = x / math.hypot(*self.process.scales(level))
-        return self.process.predict(f, x, level, clip)
-
-
-def save_film(model, cfg, path, n, vae=None, classes=None, seed=0):
-    """The way of images 0 to n - 1 from noise to clean, as an animated .gif of at most 31 frames."""
-    process = Filmed(diffusion.build(cfg))
-    (x, _), = generate(model, cfg, range(n), classes, seed, batch=n, process=process)
-    frames = list(process.frames.values())
-    frames = [frames[k] for k in diffusion.spaced(len(frames), min(30, len(frames)))] + [x]
-    data.save_film([pixels(x, cfg, vae) for x in frames], path, grid_columns(cfg, classes))
+    ((x, _),) = generate(model, cfg, range(n), classes, seed, batch=n, watch=watch)
+    shown = diffusion.spaced(len(frames), min(30, len(frames)))
+    frames = [frames[k] for k in shown] + [x]
+    images = [to_images(x, cfg, vae) for x in frames]
+    data.save_gif(images, path, grid_columns(cfg, classes))
 
 
-# ---------------------------------------------------------------------------------------------
-# Many images: parts on the disk, each an .npy of consecutive images that its first index names. A run that was stopped
-# goes on with what is missing, with any number of processes.
+# -------------------------------------------------------------------------------------------------
+# Many images: a folder of PNGs, named by index. A run that was stopped resumes with those that are
+# missing, with any number of processes.
 
-def open_parts(folder, settings, n):
-    """Make the folder, or accept the one that the same settings began. ValueError for others, and if it holds more than
-    n images."""
-    said, note = json.dumps(settings, indent=1), folder / "settings.json"
-    if folder.exists() and not note.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is where unfinished images would go, and holds something else; move it, or choose "
-                         f"another name")
-    if note.exists() and note.read_text() != said:
+SETTINGS = "settings.json"  # in the folder: what its images depend on
+
+
+def open_images_folder(folder, settings):
+    """Make the folder, or accept one that the same settings began. UserError for any other."""
+    note = folder / SETTINGS
+    settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
+    if note.exists():
         theirs = json.loads(note.read_text())
-        differ = "; ".join(f"{name} is {theirs.get(name)} there and {value} here"
-                           for name, value in json.loads(said).items() if value != theirs.get(name))
-        raise ValueError(f"{folder} holds part of another run ({differ[:300]}); remove it, or choose another name")
+        differ = "; ".join(
+            f"{name} is {theirs.get(name)} there and {value} here"
+            for name, value in settings.items()
+            if value != theirs.get(name)
+        )
+        if differ:
+            raise UserError(
+                f"{folder} holds images of another run ({differ[:300]}); pass another --dir"
+            )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not a folder of images of sample.py; pass another")
     folder.mkdir(exist_ok=True)
-    with data.written_whole(note) as temporary:
-        temporary.write_text(said)
-    end = max((first + len(images) for first, images in stored(folder)), default=0)
-    if end > n:
-        raise ValueError(f"{folder} already holds {end} images, and --n {n} would lose some; pass --n {end} or more, "
-                         f"or choose another name")
+    with configs.atomic_write(note) as temporary:
+        temporary.write_text(json.dumps(settings, indent=1))
 
 
-def stored(folder):
-    """(first index, images (b, height, width, 3) uint8, memory-mapped) of each whole part, in order."""
-    for file in sorted(folder.glob("[0-9]*.npy")):
-        try:
-            images = np.load(file, mmap_mode="r")
-        except (ValueError, EOFError):                                     # cut short: it will be made again
+def missing_images(folder, n):
+    """The indices below n that have no image yet."""
+    there = {entry.name for entry in os.scandir(folder) if entry.stat().st_size}
+    return [i for i in range(n) if f"{i:08}.png" not in there]
+
+
+def make_images(model, cfg, vae, folder, n, classes=None, seed=0, batch=64):
+    """Generate those of images 0 to n - 1 that the folder lacks, divided over the processes; all of
+    them return when all images are there."""
+    rank, size = rank_and_size()
+    start = time.time()
+    missing = configs.on_rank_0(lambda: missing_images(folder, n))
+    batch = min(batch, max(1, math.ceil(len(missing) / size)))
+    mine = missing[rank::size]
+    chunks = [mine[k : k + batch] for k in range(0, len(mine), batch)]
+    done = 0
+    for chunk in configs.lockstep(chunks, next(model.parameters()).device):
+        if chunk is None:
             continue
-        yield int(file.stem), images
-
-
-def missing(folder, n, batch):
-    """The spans [(first, end)] of at most `batch` images that no part holds yet, of 0 to n."""
-    spans, at = [], 0
-    for first, end in [*((first, first + len(images)) for first, images in stored(folder)), (n, n)]:
-        high = min(first, n)
-        spans += [(k, min(k + batch, high)) for k in range(at, high, batch)]
-        at = end
-    return spans
-
-
-def make_parts(model, cfg, vae, folder, n, classes=None, seed=0, batch=64):
-    """Images 0 to n - 1 into the folder, divided over the processes. All of them return when all images are there."""
-    def left():
-        return sum(end - first for first, end in missing(folder, n, n))
-
-    (rank, size), todo, start = rank_and_size(), left(), time.time()
-    batch = min(batch, max(1, math.ceil(todo / size)))
-    for first, end in on_rank_0(lambda: missing(folder, n, batch))[rank::size]:
-        (x, _), = generate(model, cfg, range(first, end), classes, seed, batch)
-        with data.written_whole(folder / f"{first:08}.npy") as temporary, open(temporary, "wb") as file:
-            np.save(file, pixels(x, cfg, vae))
+        ((x, _),) = generate(model, cfg, chunk, classes, seed, batch)
+        for i, image in zip(chunk, to_images(x, cfg, vae)):
+            # Level 1 takes a third of the time of Pillow's default, for slightly larger files.
+            data.save_image(Image.fromarray(image), folder / f"{i:08}.png", compress_level=1)
+        done += len(chunk) * size  # as if the others were as far
         if rank == 0:
-            now = left()
-            data.live_line(f"{n - now} of {n} images, {(todo - now) / (time.time() - start):.2f} images/s")
-    while left():                                                          # asking the others would end after PATIENCE
-        time.sleep(0.5)
-    objects_from_all(None)
+            left = max(0, len(missing) - done)
+            rate = done / (time.time() - start)
+            configs.live_line(f"{n - left} of {n} images, {rate:.2f} images/s")
     if rank == 0:
-        data.live_line("\n")
+        configs.end_live_line()
 
 
-def made(folder, n, rank=0, size=1):
-    """The first n images of the folder, or this process's share of them: (indices, images (b, height, width, 3) uint8)
-    of each part."""
-    for first, images in [part for part in stored(folder) if part[0] < n][rank::size]:
-        yield range(first, min(n, first + len(images))), np.array(images[:n - first])
-
-
-def save_npz(folder, n, labels, path):
-    """As ADM's evaluator reads it, arr_0 (n, height, width, 3) uint8 and arr_1 (n,), without holding it in memory."""
-    with data.written_whole(path) as temporary, zipfile.ZipFile(temporary, "w") as out:
+def save_npz(images, n, labels, path):
+    """The first n images of a data set in the form that ADM's evaluator reads, arr_0 (n, height,
+    width, 3) uint8 and arr_1 (n,) labels, without holding them in memory."""
+    with configs.atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w") as out:
         with out.open("arr_0.npy", "w", force_zip64=True) as file:
-            shape = (n, *next(made(folder, n))[1].shape[1:])
-            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            for _, images in made(folder, n):
-                file.write(images.tobytes())
+            shape = (n, images.size, images.size, 3)
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for i in range(n):
+                file.write(images.read(i).tobytes())
         if labels is not None:
             with out.open("arr_1.npy", "w") as file:
                 np.save(file, labels)
 
 
-# ---------------------------------------------------------------------------------------------
-# The network that scores look through
+# -------------------------------------------------------------------------------------------------
+# The network of the scores: Inception-v3 as the first FID used it
 
-INCEPTION_HASH = "6726825d"           # how the SHA-256 of the published file begins
+INCEPTION_HASH = "6726825d"  # how the SHA-256 of the published file begins
 INCEPTION = f"pt_inception-2015-12-05-{INCEPTION_HASH}.pth"
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}"
-RESIZES = {"pytorch": "resized as in pytorch-fid (bilinear to 299, half-pixel centres)",
-           "tensorflow": "resized as in TensorFlow 1 (bilinear to 299, corners as centres)"}
+RESIZES = {
+    "pytorch": "resized as in pytorch-fid (bilinear to 299, half-pixel centres)",
+    "tensorflow": "resized as in TensorFlow 1 (bilinear to 299, corners as centres)",
+}
 
 
 class ConvNorm(nn.Module):
-    """ReLU(BatchNorm(Conv(x)))"""
+    """ReLU(BatchNorm(Conv(x))); a kernel of (1, 7) is padded by (0, 3)."""
 
-    def __init__(self, before, width, kernel, stride=1, padding=0):
+    def __init__(self, in_channels, out_channels, kernel, stride=1, padding=0):
         super().__init__()
-        self.conv = nn.Conv2d(before, width, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(width, eps=1e-3)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels, eps=1e-3)
 
     def forward(self, x):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
-class Mixed(nn.Module):
-    """Branches side by side, joined along the channels; branch_pool begins with the pool. Each is a chain of
-    convolutions (width, kernel), the last of which may be two beside each other, (width, kernel, kernel):
-    branch3x3=[(384, 1), (384, (1, 3), (3, 1))] makes branch3x3_1, then branch3x3_2a and branch3x3_2b. Where the pool
-    halves the resolution, so does the last convolution of each chain, and what is pooled joins as it is."""
+def average_pool(x):
+    """3 x 3, stride 1; the padding does not count."""
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
-    def __init__(self, before, pool, **branches):
+
+class InceptionA(nn.Module):
+    """At 35 x 35: (B, in, 35, 35) -> (B, 224 + pool, 35, 35)."""
+
+    def __init__(self, in_channels, pool_channels):
         super().__init__()
-        self.pool, self.halves, self.branches = pool, pool.stride == 2, {}
-        for branch, chain in branches.items():
-            width, names = before, []
-            for k, (out, *kernels) in enumerate(chain, 1):
-                halves = self.halves and k == len(chain)
-                number = f"_{k}" if len(chain) > 1 else ""
-                for letter, kernel in zip("ab" if len(kernels) == 2 else [""], kernels):
-                    h, w = kernel if isinstance(kernel, tuple) else (kernel, kernel)
-                    names.append(f"{branch}{number}{letter}")
-                    self.add_module(names[-1], ConvNorm(width, out, (h, w), 2 if halves else 1,
-                                                        0 if halves else (h // 2, w // 2)))
-                width = out
-            self.branches[branch] = names[:-len(kernels)], names[-len(kernels):]
+        self.branch1x1 = ConvNorm(in_channels, 64, 1)
+        self.branch5x5_1 = ConvNorm(in_channels, 48, 1)
+        self.branch5x5_2 = ConvNorm(48, 64, 5, padding=2)
+        self.branch3x3dbl_1 = ConvNorm(in_channels, 64, 1)
+        self.branch3x3dbl_2 = ConvNorm(64, 96, 3, padding=1)
+        self.branch3x3dbl_3 = ConvNorm(96, 96, 3, padding=1)
+        self.branch_pool = ConvNorm(in_channels, pool_channels, 1)
 
     def forward(self, x):
-        joined = []
-        for branch, (chain, ends) in self.branches.items():
-            h = self.pool(x) if branch == "branch_pool" else x
-            for name in chain:
-                h = getattr(self, name)(h)
-            joined += [getattr(self, name)(h) for name in ends]
-        return torch.cat(joined + [self.pool(x)] if self.halves else joined, dim=1)
+        branches = [
+            self.branch1x1(x),
+            self.branch5x5_2(self.branch5x5_1(x)),
+            self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
+            self.branch_pool(average_pool(x)),
+        ]
+        return torch.cat(branches, 1)
 
 
-class Inception(nn.Module):
-    """Inception-v3 as the first FID had it (Szegedy et al. 2016, Heusel et al. 2017), with the names of its published
-    weights: average pools that leave out the padding, a max pool in the last block, 1008 classes.
-    pixels (B, 3, H, W) from 0 to 255 -> pooled features (B, 2048) for FID, IS, precision and recall, and the spatial
-    ones (B, 2023) of sFID: 7 channels of 17 x 17 places, ordered as ADM's (place, channel). resize: one of RESIZES; the
-    evaluators of ADM and EDM follow TensorFlow, those who followed pytorch-fid its own."""
-    pooled, spatial = 2048, 7 * 17 * 17
+class InceptionB(nn.Module):
+    """From 35 x 35 to 17 x 17: (B, 288, 35, 35) -> (B, 768, 17, 17)."""
 
     def __init__(self):
         super().__init__()
-        average, largest = nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.MaxPool2d(3, 1, 1)
-        self.halve = halve = nn.MaxPool2d(3, 2)
-        row, column = (1, 7), (7, 1)
+        self.branch3x3 = ConvNorm(288, 384, 3, stride=2)
+        self.branch3x3dbl_1 = ConvNorm(288, 64, 1)
+        self.branch3x3dbl_2 = ConvNorm(64, 96, 3, padding=1)
+        self.branch3x3dbl_3 = ConvNorm(96, 96, 3, stride=2)
 
-        def mixed_5(before, width):
-            return Mixed(before, average, branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
-                         branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(width, 1)])
+    def forward(self, x):
+        branches = [
+            self.branch3x3(x),
+            self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
+            F.max_pool2d(x, 3, stride=2),
+        ]
+        return torch.cat(branches, 1)
 
-        def mixed_6(width):
-            return Mixed(768, average, branch1x1=[(192, 1)], branch7x7=[(width, 1), (width, row), (192, column)],
-                         branch7x7dbl=[(width, 1), (width, column), (width, row), (width, column), (192, row)],
-                         branch_pool=[(192, 1)])
 
-        def mixed_7(before, pool):
-            return Mixed(before, pool, branch1x1=[(320, 1)], branch3x3=[(384, 1), (384, (1, 3), (3, 1))],
-                         branch3x3dbl=[(448, 1), (384, 3), (384, (1, 3), (3, 1))], branch_pool=[(192, 1)])
+class InceptionC(nn.Module):
+    """At 17 x 17, 7 x 7 convolutions in two halves: (B, 768, 17, 17) -> (B, 768, 17, 17)."""
 
+    def __init__(self, width):
+        super().__init__()
+        row = dict(kernel=(1, 7), padding=(0, 3))
+        column = dict(kernel=(7, 1), padding=(3, 0))
+        self.branch1x1 = ConvNorm(768, 192, 1)
+        self.branch7x7_1 = ConvNorm(768, width, 1)
+        self.branch7x7_2 = ConvNorm(width, width, **row)
+        self.branch7x7_3 = ConvNorm(width, 192, **column)
+        self.branch7x7dbl_1 = ConvNorm(768, width, 1)
+        self.branch7x7dbl_2 = ConvNorm(width, width, **column)
+        self.branch7x7dbl_3 = ConvNorm(width, width, **row)
+        self.branch7x7dbl_4 = ConvNorm(width, width, **column)
+        self.branch7x7dbl_5 = ConvNorm(width, 192, **row)
+        self.branch_pool = ConvNorm(768, 192, 1)
+
+    def forward(self, x):
+        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
+        branches = [
+            self.branch1x1(x),
+            self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x))),
+            self.branch7x7dbl_5(self.branch7x7dbl_4(double)),
+            self.branch_pool(average_pool(x)),
+        ]
+        return torch.cat(branches, 1)
+
+
+class InceptionD(nn.Module):
+    """From 17 x 17 to 8 x 8: (B, 768, 17, 17) -> (B, 1280, 8, 8)."""
+
+    def __init__(self):
+        super().__init__()
+        self.branch3x3_1 = ConvNorm(768, 192, 1)
+        self.branch3x3_2 = ConvNorm(192, 320, 3, stride=2)
+        self.branch7x7x3_1 = ConvNorm(768, 192, 1)
+        self.branch7x7x3_2 = ConvNorm(192, 192, (1, 7), padding=(0, 3))
+        self.branch7x7x3_3 = ConvNorm(192, 192, (7, 1), padding=(3, 0))
+        self.branch7x7x3_4 = ConvNorm(192, 192, 3, stride=2)
+
+    def forward(self, x):
+        seven = self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x)))
+        branches = [
+            self.branch3x3_2(self.branch3x3_1(x)),
+            self.branch7x7x3_4(seven),
+            F.max_pool2d(x, 3, stride=2),
+        ]
+        return torch.cat(branches, 1)
+
+
+class InceptionE(nn.Module):
+    """At 8 x 8, 3 x 3 convolutions as two side by side: (B, in, 8, 8) -> (B, 2048, 8, 8). With
+    max_pool, the pool is a maximum, as in the last block of the first FID's network."""
+
+    def __init__(self, in_channels, max_pool=False):
+        super().__init__()
+        self.max_pool = max_pool
+        row = dict(kernel=(1, 3), padding=(0, 1))
+        column = dict(kernel=(3, 1), padding=(1, 0))
+        self.branch1x1 = ConvNorm(in_channels, 320, 1)
+        self.branch3x3_1 = ConvNorm(in_channels, 384, 1)
+        self.branch3x3_2a = ConvNorm(384, 384, **row)
+        self.branch3x3_2b = ConvNorm(384, 384, **column)
+        self.branch3x3dbl_1 = ConvNorm(in_channels, 448, 1)
+        self.branch3x3dbl_2 = ConvNorm(448, 384, 3, padding=1)
+        self.branch3x3dbl_3a = ConvNorm(384, 384, **row)
+        self.branch3x3dbl_3b = ConvNorm(384, 384, **column)
+        self.branch_pool = ConvNorm(in_channels, 192, 1)
+
+    def forward(self, x):
+        three = self.branch3x3_1(x)
+        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        pooled = F.max_pool2d(x, 3, stride=1, padding=1) if self.max_pool else average_pool(x)
+        branches = [
+            self.branch1x1(x),
+            self.branch3x3_2a(three),
+            self.branch3x3_2b(three),
+            self.branch3x3dbl_3a(double),
+            self.branch3x3dbl_3b(double),
+            self.branch_pool(pooled),
+        ]
+        return torch.cat(branches, 1)
+
+
+class Inception(nn.Module):
+    """Inception-v3 as the first FID used it (Szegedy et al. 2016, Heusel et al. 2017), with the
+    names of its published weights: 1008 classes, average pools that leave out the padding, a max
+    pool in the last block.
+
+    pixels (B, 3, H, W) from 0 to 255 -> pooled features (B, 2048) for FID, IS, precision and
+    recall, and the spatial ones (B, 2023) of sFID: 7 channels of 17 x 17 places, ordered as ADM's
+    (place, channel). resize: one of RESIZES; the evaluators of ADM and EDM follow TensorFlow."""
+
+    pooled = 2048
+    spatial = 7 * 17 * 17
+
+    def __init__(self):
+        super().__init__()
         self.Conv2d_1a_3x3 = ConvNorm(3, 32, 3, stride=2)
         self.Conv2d_2a_3x3 = ConvNorm(32, 32, 3)
         self.Conv2d_2b_3x3 = ConvNorm(32, 64, 3, padding=1)
         self.Conv2d_3b_1x1 = ConvNorm(64, 80, 1)
         self.Conv2d_4a_3x3 = ConvNorm(80, 192, 3)
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = mixed_5(192, 32), mixed_5(256, 64), mixed_5(288, 64)
-        self.Mixed_6a = Mixed(288, halve, branch3x3=[(384, 3)], branch3x3dbl=[(64, 1), (96, 3), (96, 3)])
-        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = map(mixed_6, (128, 160, 160, 192))
-        self.Mixed_7a = Mixed(768, halve, branch3x3=[(192, 1), (320, 3)],
-                              branch7x7x3=[(192, 1), (192, row), (192, column), (192, 3)])
-        self.Mixed_7b, self.Mixed_7c = mixed_7(1280, average), mixed_7(2048, largest)
+        self.Mixed_5b = InceptionA(192, pool_channels=32)
+        self.Mixed_5c = InceptionA(256, pool_channels=64)
+        self.Mixed_5d = InceptionA(288, pool_channels=64)
+        self.Mixed_6a = InceptionB()
+        self.Mixed_6b = InceptionC(128)
+        self.Mixed_6c = InceptionC(160)
+        self.Mixed_6d = InceptionC(160)
+        self.Mixed_6e = InceptionC(192)
+        self.Mixed_7a = InceptionD()
+        self.Mixed_7b = InceptionE(1280)
+        self.Mixed_7c = InceptionE(2048, max_pool=True)
         self.fc = nn.Linear(2048, 1008)
 
-    def forward(self, x, resize="pytorch"):
-        x = resized(x.float(), resize)
-        x = self.halve(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))))  # (B, 64, 73, 73)
-        x = self.halve(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))          # (B, 192, 35, 35)
+    def forward(
+        self, x: torch.Tensor, resize: str = "pytorch"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x = resize_for_inception(x.float(), resize)                        # (B, 3, 299, 299)
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B, 64, 147, 147)
+        x = F.max_pool2d(x, 3, stride=2)                                   # (B, 64, 73, 73)
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))                      # (B, 192, 71, 71)
+        x = F.max_pool2d(x, 3, stride=2)                                   # (B, 192, 35, 35)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))                 # (B, 288, 35, 35)
         x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))                 # (B, 768, 17, 17)
-        spatial = self.Mixed_6d.branch1x1(x)[:, :7].permute(0, 2, 3, 1).flatten(1)
+        spatial = self.Mixed_6d.branch1x1(x)[:, :7]                        # (B, 7, 17, 17)
         x = self.Mixed_6e(self.Mixed_6d(x))                                # (B, 768, 17, 17)
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))                 # (B, 2048, 8, 8)
-        return x.float().mean((2, 3)), spatial.float()
+        return x.float().mean((2, 3)), spatial.permute(0, 2, 3, 1).flatten(1).float()
 
     def logits(self, features):
-        """Class scores of pooled features, as the inception score takes them: its evaluators leave out the bias."""
+        """Class scores of pooled features as the inception score takes them: its evaluators leave
+        out the bias."""
         return features @ self.fc.weight.T
 
 
-def resized(x, resize):
-    """Pixels (B, 3, H, W) from 0 to 255 -> what Inception takes, (B, 3, 299, 299), about [-1, 1]."""
+def resize_for_inception(x, resize):
+    """Pixels (B, 3, H, W) from 0 to 255 -> Inception's input (B, 3, 299, 299), about [-1, 1]."""
     if resize == "pytorch":
         return F.interpolate(x / 127.5 - 1, (299, 299), mode="bilinear", align_corners=False)
+    # TensorFlow 1 takes output i from i * side / 299, here in the coordinates of grid_sample.
     i = torch.arange(299, device=x.device)
-    rows, columns = ((2 * i * side / 299 + 1) / side - 1 for side in x.shape[2:])  # i side / 299, for grid_sample
-    grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1).expand(len(x), -1, -1, -1)
-    return F.grid_sample((x - 128) / 128, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    rows, columns = ((2 * i * side / 299 + 1) / side - 1 for side in x.shape[2:])
+    grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)  # (299, 299, 2)
+    grid = grid.expand(len(x), -1, -1, -1)
+    x = (x - 128) / 128
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def load_inception(path="", device="cpu"):
-    """The file named, or INCEPTION in the working directory or where torch.hub keeps it -> Inception in eval mode, and
-    the hash of its file. ValueError, with the place where it is published, if there is none."""
-    places = [path] if path else [INCEPTION, os.path.join(torch.hub.get_dir(), "checkpoints", INCEPTION)]
+    """The file named, or INCEPTION in the working directory or in torch.hub's cache -> Inception in
+    eval mode, and the hash of its file. UserError, with the address where it is published, if there
+    is none."""
+    cached = os.path.join(torch.hub.get_dir(), "checkpoints", INCEPTION)
+    places = [path] if path else [INCEPTION, cached]
     path = next(filter(os.path.isfile, places), None)
     if path is None:
-        raise ValueError(f"there is no file {' and no '.join(places)}; FID, sFID, IS, precision and recall need the "
-                         f"Inception weights published as {INCEPTION_URL} (95 MB; their SHA-256 begins with "
-                         f"{INCEPTION_HASH}): fetch them, and pass --inception FILE unless they lie here")
-    net, (state, _) = Inception(), data.weights_in(data.read_file(path), path)
-    counters = {name: value for name, value in net.state_dict().items() if name.endswith("num_batches_tracked")}
-    data.load_weights(net, {**counters, **state}, path)                    # the published file has no counters
+        raise UserError(
+            f"there is no file {' and no '.join(places)}; FID, sFID, IS, precision and recall need "
+            f"the Inception weights published as {INCEPTION_URL} (95 MB; their SHA-256 begins with "
+            f"{INCEPTION_HASH}): download them, and pass --inception FILE unless they lie here"
+        )
+    net = Inception()
+    state, _ = data.weights_in(data.read_file(path), path)
+    # The published file lacks the batch norms' counters, which eval mode does not use.
+    own = net.state_dict()
+    counters = {name: own[name] for name in own if name.endswith("num_batches_tracked")}
+    data.load_weights(net, {**counters, **state}, path)
     net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     return net, data.file_hash(path)
 
 
-# ---------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Scores
 
-def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), the squared 2-Wasserstein distance of two Gaussians (Heusel et al.
-    2017, eq. 6), in float64. mu (d,), sigma (d, d), arrays or tensors.
 
-    With roots S = R R^T from symmetric eigenvalues, the last trace is the sum of the singular values of R1^T R2. (Their
-    squares are the eigenvalues of S1 S2; taken from these, a root would lose half of its digits.)"""
-    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(v, dtype=torch.float64) for v in (mu1, sigma1, mu2, sigma2))
+def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), the squared 2-Wasserstein distance of two
+    Gaussians (Heusel et al. 2017, eq. 6), in float64. mu (d,), sigma (d, d), arrays or tensors.
+
+    With roots S = R R^T from symmetric eigenvalues, the last trace is the sum of the singular
+    values of R1^T R2. (Their squares are the eigenvalues of S1 S2; a root taken from these would
+    lose half of its digits.)"""
+    values = (torch.as_tensor(v, dtype=torch.float64) for v in (mu1, sigma1, mu2, sigma2))
+    mu1, sigma1, mu2, sigma2 = values
 
     def root(s):
         values, vectors = torch.linalg.eigh(s)
         return vectors * values.clamp(min=0).sqrt()
 
-    trace = sigma1.trace() + sigma2.trace() - 2 * torch.linalg.svdvals(root(sigma1).T @ root(sigma2)).sum()
-    return max(((mu1 - mu2).square().sum() + trace).item(), 0.0)           # not below 0 by rounding; nan stays nan
+    overlap = torch.linalg.svdvals(root(sigma1).T @ root(sigma2)).sum()
+    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * overlap
+    return max(distance.item(), 0.0)  # not below 0 by rounding; nan stays nan
 
 
-def inception_score(logits, split=5000):
-    """exp(E KL(p(y|x) || p(y))) (Salimans et al. 2016), the mean over consecutive splits of `split` images. logits (n,
-    classes), in float64."""
-    values = []
+def inception_score(logits, split: int = 5000) -> float:
+    """exp(E KL(p(y|x) || p(y))) (Salimans et al. 2016), the mean over consecutive splits of `split`
+    images. logits (n, classes), in float64."""
+    scores = []
     for part in torch.as_tensor(logits, dtype=torch.float64).split(split):
         p = part.softmax(1)
-        values.append((p * (part.log_softmax(1) - p.mean(0).log())).sum(1).mean().exp().item())
-    return sum(values) / len(values)
+        divergence = p * (part.log_softmax(1) - p.mean(0).log())
+        scores.append(divergence.sum(1).mean().exp().item())
+    return sum(scores) / len(scores)
 
 
-ROWS = 512                            # of distances at a time: 100 MB for 50,000 columns
+ROWS = 512  # of distances at a time: 100 MB for 50,000 columns
 
 
 def squared_distances(a, b):
@@ -664,27 +602,34 @@ def squared_distances(a, b):
         yield d.masked_fill_(d < 1e-5 * sums, 0)
 
 
-def precision_recall(real, fake, k=3):
-    """Improved precision and recall (Kynkäänniemi et al. 2019). Around each real point lies a ball that reaches to its
-    k-th nearest real neighbour; precision is the share of fake points inside any of them, recall the same with real
-    and fake exchanged. real (n, d), fake (m, d), on the device that is to do it, in fp32 -> precision, recall."""
-    centre = real.mean(0)                                                  # |a|^2 + |b|^2 - 2ab then loses fewer digits
-    real, fake = (real - centre).float(), (fake - centre).float()
+def squared_radii(x, k):
+    """(n, d) -> (n,) from each point to its k-th nearest neighbour (the nearest is itself)."""
+    k = min(k + 1, len(x))
+    nearest = [d.topk(k, largest=False).values[:, -1] for d in squared_distances(x, x)]
+    return torch.cat(nearest)
 
-    def squared_radii(x):                                                  # the nearest of all is the point itself
-        return torch.cat([d.topk(min(k + 1, len(x)), largest=False).values[:, -1] for d in squared_distances(x, x)])
 
-    real_radii, fake_radii = squared_radii(real), squared_radii(fake)
-    inside_real, inside_fake = torch.zeros(len(fake), dtype=torch.bool, device=fake.device), []
+def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -> tuple[float, float]:
+    """Improved precision and recall (Kynkäänniemi et al. 2019). Around each real point lies a
+    ball that reaches to its k-th nearest real neighbour; precision is the share of fake points
+    inside any of them, recall the same with real and fake exchanged. real (n, d), fake (m, d),
+    computed in fp32 on their device."""
+    centre = real.mean(0)  # |a|^2 + |b|^2 - 2ab loses fewer digits around 0
+    real = (real - centre).float()
+    fake = (fake - centre).float()
+    real_radii = squared_radii(real, k)
+    fake_radii = squared_radii(fake, k)
+    precise = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
+    recalled = []
     for radii, d in zip(real_radii.split(ROWS), squared_distances(real, fake)):
-        inside_real |= (d <= radii[:, None]).any(0)
-        inside_fake.append((d <= fake_radii).any(1))
-    return inside_real.double().mean().item(), torch.cat(inside_fake).double().mean().item()
+        precise |= (d <= radii[:, None]).any(0)
+        recalled.append((d <= fake_radii).any(1))
+    return precise.double().mean().item(), torch.cat(recalled).double().mean().item()
 
 
 class Moments:
-    """Mean and covariance of vectors (b, d) that come a batch at a time, by their number, sum and sum of products, in
-    float64."""
+    """Mean and covariance of vectors (b, d) that come a batch at a time, from their number, sum and
+    sum of products, in float64."""
 
     def __init__(self, d, device):
         self.n = torch.zeros((), dtype=torch.float64, device=device)
@@ -698,534 +643,737 @@ class Moments:
         self.products.addmm_(x.T, x)
 
     def over_all_processes(self):
-        """-> mean (d,), covariance (d, d), number. Once only: afterwards each process holds the sums of all."""
+        """-> mean (d,), covariance (d, d), number. Only once: it adds up the sums in place."""
         if rank_and_size()[1] > 1:
             for part in (self.n, self.sum, self.products):
                 dist.all_reduce(part)
         mean = self.sum / self.n
-        return mean.cpu(), ((self.products - self.n * mean[:, None] * mean) / (self.n - 1)).cpu(), int(self.n)
+        covariance = (self.products - self.n * mean[:, None] * mean) / (self.n - 1)
+        return mean.cpu(), covariance.cpu(), int(self.n)
 
 
-KEPT = 50_000                         # features kept for IS, precision and recall at the most, of images drawn by lot
+KEPT = 50_000  # features kept for IS, precision and recall; of more images, a random subset
 
 
-def counted(n):
+def format_count(n):
     """n images, in words."""
     return f"{n} images" + (f" (IS, precision and recall of {KEPT} of them)" if n > KEPT else "")
 
 
-def in_step(batches, device):
-    """The batches, and None in place of one while other processes still have some: so nobody waits for longer than a
-    batch takes, and PATIENCE need not cover what slower processes have left."""
-    for batch in itertools.chain(batches, itertools.repeat(None)):
-        if not from_all(torch.tensor([int(batch is not None)], device=device)).any():
-            return
-        yield batch
-
-
-def statistics(inception, batches, n, arithmetic="fp32", resize="pytorch"):
-    """What the scores compare. batches: this process's share of n images, [(indices, images (b, H, W, 3) uint8)] -> for
-    the images of all processes together a dict of
+def statistics(inception, batches, n, resize="pytorch"):
+    """The features of images, summed up. batches: this process's share of n images, as [(indices,
+    images (b, H, W, 3) uint8)] -> for the images of all processes a dict of
         mu (2048,), sigma (2048, 2048)       mean and covariance of the pooled features, float64
         mu_s (2023,), sigma_s (2023, 2023)   and of the spatial ones
         images                               their number
-        features (KEPT at most, 2048)        pooled, fp32, in the order of indices; on rank 0 alone"""
-    (rank, size), start, seen = rank_and_size(), time.time(), 0
+        features (KEPT at most, 2048)        pooled, fp32, ordered by index; on rank 0 only"""
+    rank, size = rank_and_size()
     device = inception.fc.weight.device
-    pooled, spatial = Moments(inception.pooled, device), Moments(inception.spatial, device)
-    kept, features, drawn = [], [], np.zeros(n, dtype=bool)
-    drawn[np.random.default_rng(0).permutation(n)[:KEPT]] = True           # by lot: classes may come in turn
-    for indices, images in filter(None, in_step(batches, device)):
-        with torch.no_grad(), autocast(arithmetic, device):
-            found, found_s = inception(torch.from_numpy(images).to(device).permute(0, 3, 1, 2), resize)
+    pooled = Moments(inception.pooled, device)
+    spatial = Moments(inception.spatial, device)
+    keep = np.zeros(n, dtype=bool)  # a random subset: a regular one would miss classes in turn
+    keep[np.random.default_rng(0).permutation(n)[:KEPT]] = True
+    kept = []  # the indices of `features`
+    features = []
+    start = time.time()
+    seen = 0
+    for batch in configs.lockstep(batches, device):
+        if batch is None:
+            continue
+        indices, images = batch
+        x = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
+        with torch.no_grad(), autocast("fp32", device):  # without tf32, where there is any
+            found, found_spatial = inception(x, resize)
         pooled.add(found)
-        spatial.add(found_s)
-        here = [k for k, i in enumerate(indices) if drawn[i]]
+        spatial.add(found_spatial)
+        here = [k for k, i in enumerate(indices) if keep[i]]
         kept += [indices[k] for k in here]
         features.append(found[here].cpu())
-        seen += len(images)
-        if rank == 0:                                                      # as if the others were as far
-            done = min(n, seen * size)
-            data.live_line(f"{done} of {n} images seen by Inception, {done / (time.time() - start):.1f} images/s")
-    (mu, sigma, images), (mu_s, sigma_s, _) = pooled.over_all_processes(), spatial.over_all_processes()
+        seen += len(images) * size  # as if the other processes were as far
+        if rank == 0:
+            rate = seen / (time.time() - start)
+            configs.live_line(f"{min(n, seen)} of {n} images seen, {rate:.1f} images/s")
+    mu, sigma, images = pooled.over_all_processes()
+    mu_s, sigma_s, _ = spatial.over_all_processes()
     stats = {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s, "images": images}
+    features = gather_features(kept, features)
+    if rank == 0:
+        configs.end_live_line()
+        stats["features"] = features
+    return stats
+
+
+def gather_features(kept, features):
+    """The features of all processes in the order of their indices; on rank 0, else None."""
+    rank, size = rank_and_size()
     if size > 1:
         parts = [None] * size if rank == 0 else None
         dist.gather_object((kept, features), parts)
-        if rank == 0:
-            kept, features = ([item for part in column for item in part] for column in zip(*parts))
-    if rank == 0:
-        data.live_line("\n")
-        stats["features"] = torch.cat(features)[np.argsort(kept)]
-    return stats
+        if rank:
+            return None
+        kept = [index for part, _ in parts for index in part]
+        features = [batch for _, part in parts for batch in part]
+    return torch.cat(features)[np.argsort(kept)]
 
+
+# -------------------------------------------------------------------------------------------------
+# References: the statistics of real images, in a file
 
 REFERENCE = "diffit reference 1"
 
 
 def write_reference(path, stats, header):
-    """What `statistics` gave, with the names that it has in ADM's files, and what it was made from."""
-    with data.written_whole(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, header=json.dumps({"format": REFERENCE, **header}), **stats)
+    """What `statistics` returned, by the names it has in ADM's files, and what it was made from."""
+    header = json.dumps({"format": REFERENCE, **header})
+    with configs.atomic_write(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, header=header, **stats)
 
 
 def read_reference(path):
-    """Ours, ADM's, or any other .npz with mu and sigma -> what `statistics` gives, as far as the file has it; our
-    header, or {}; does it hold images? ValueError if it is missing, damaged or something else."""
+    """Ours, ADM's, or any other .npz with mu and sigma -> what `statistics` returns, as far as the
+    file has it; our header, or {}; does it hold images? UserError if it is missing, damaged or
+    something else."""
     if not os.path.isfile(path):
-        raise ValueError(f"there is no file {path}; make a reference: python sample.py --reference DATA --out REF.npz")
-    d, s = Inception.pooled, Inception.spatial
-    expected = {"mu": (d,), "sigma": (d, d), "mu_s": (s,), "sigma_s": (s, s), "features": (-1, d)}
-    stats, header = {}, {}
+        raise UserError(
+            f"there is no file {path}; make a reference: "
+            f"python sample.py --reference DATA --out REF.npz"
+        )
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is not a reference for --score: it is not an .npz file")
+    # What numpy and zipfile raise for damaged arrays; ours below are UserErrors already.
+    damage = (ValueError, TypeError, OSError, EOFError, zlib.error, zipfile.BadZipFile)
     try:
-        if not zipfile.is_zipfile(path):
-            raise ValueError("an .npz is a zip archive, and this is none")
         with np.load(path, allow_pickle=False) as file:
-            if not {"mu", "sigma"} <= set(file.files):
-                advice = f"; make a reference of its images with --reference {path}" if "arr_0" in file else ""
-                raise ValueError(f"it has no mu and sigma; found: {', '.join(file.files[:10])}{advice}")
-            for name in expected.keys() & set(file.files):
-                stats[name] = torch.from_numpy(file[name].reshape(expected[name]))
-                if not (stats[name].is_floating_point() and len(stats[name]) and stats[name].isfinite().all()):
-                    raise ValueError(f"{name} is not finite, or no array of such numbers")
-            if "header" in file:
-                header = json.loads(str(file["header"]))
-                missing = {"format", "source", "images", "size", "inception", "arithmetic", "resize"} - set(header)
-                if (missing or header["format"] != REFERENCE or header["resize"] not in RESIZES
-                        or header["arithmetic"] not in ("fp32", "bf16")
-                        or not all(type(header[name]) is int for name in ("images", "size"))):
-                    raise ValueError(f"its header is not of the format {REFERENCE!r}")
-            return stats, header, "arr_0" in file
-    except (ValueError, TypeError, RuntimeError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no reference for --score, or is damaged ({data.reason(error)})") from None
+            arrays = {name: file[name] for name in file.files if name != "arr_0"}
+            has_images = "arr_0" in file.files
+    except damage as error:
+        raise UserError(f"{path} is damaged ({configs.first_line(error)})") from None
+    if not {"mu", "sigma"} <= arrays.keys():
+        advice = f"; make one of its images with --reference {path}" if has_images else ""
+        raise UserError(
+            f"{path} is not a reference for --score: it has no mu and sigma (it has "
+            f"{', '.join([*arrays][:10])}){advice}"
+        )
+    return reference_statistics(path, arrays), reference_header(path, arrays), has_images
+
+
+def reference_statistics(path, arrays):
+    """The arrays of a reference that `statistics` returns, as tensors. UserError if one of them has
+    another shape or is not finite."""
+    d = Inception.pooled
+    s = Inception.spatial
+    shapes = {"mu": (d,), "sigma": (d, d), "mu_s": (s,), "sigma_s": (s, s), "features": (-1, d)}
+    stats = {}
+    for name in shapes.keys() & arrays.keys():
+        array = arrays[name]
+        count = math.prod(shapes[name])
+        fits = array.size and (array.size % count == 0 if count < 0 else array.size == count)
+        if array.dtype.kind != "f" or not fits or not np.isfinite(array).all():
+            raise UserError(
+                f"{path} is not a reference for --score, or is damaged: {name} is not finite, or "
+                f"is not an array of {shapes[name]} (it is {array.dtype} {array.shape})"
+            )
+        stats[name] = torch.from_numpy(array.reshape(shapes[name]))
+    return stats
+
+
+def reference_header(path, arrays):
+    """The header that write_reference wrote, {} in a file made elsewhere. UserError if it is of
+    another format."""
+    if "header" not in arrays:
+        return {}
+    try:
+        header = json.loads(str(arrays["header"]))
+    except json.JSONDecodeError:
+        header = None
+    known = (
+        isinstance(header, dict)
+        and header.get("format") == REFERENCE
+        and header.get("resize") in RESIZES
+        and header.get("arithmetic", "fp32") == "fp32"  # earlier versions also had bf16
+        and all(isinstance(header.get(name), str) for name in ("source", "inception"))
+        and all(type(header.get(name)) is int for name in ("images", "size"))
+    )
+    if not known:
+        raise UserError(
+            f"{path} is not a reference for --score: its header is not of the format "
+            f"{REFERENCE!r} in fp32; make it again with --reference"
+        )
+    return header
 
 
 def check_number(n, force, what="images"):
-    """ValueError below 2048 images, which a covariance of full rank takes, unless forced."""
+    """UserError below 2048 images, which a covariance of full rank takes, unless forced."""
     if n < 2048 and not (force and n > 1):
-        raise ValueError(f"{n} {what} are too few for a score: FID needs 2048 or more, and papers use 50000; pass "
-                         f"--force to score them anyway (2 at least)")
+        raise UserError(
+            f"{n} {what} are too few for a score: FID needs 2048 or more, and papers use 50000; "
+            f"pass --force to score them anyway (2 at least)"
+        )
 
 
 def warn_of_number(n):
     if n < 50_000 and rank_and_size()[0] == 0:
-        print(f"only {n} images: fewer than the 50000 of papers raise FID; compare it only with scores of as many",
-              file=sys.stderr)
+        configs.say(
+            f"only {n} images: fewer than the 50000 of papers raise FID; compare it only with "
+            f"scores of as many"
+        )
 
 
-def read_share(dataset, batch, workers):
-    """This process's share of the pictures of a data set, as `statistics` takes it."""
+def read_share(images, n, batch, workers):
+    """This process's share of the first n images of a data set, as `statistics` takes it."""
     rank, size = rank_and_size()
-    mine = range(rank, len(dataset), size)
-    unreadable = data.Unreadable(mine)
-    for indices, images, bad in data.Reader.batches(dataset, mine, batch, workers):
-        unreadable.add([why for _, *why in bad])
-        if images:
-            yield indices, np.stack(images)
+    mine = range(rank, n, size)
+    unreadable = data.UnreadableImages(mine)
+    for indices, found, bad in data.IndexedImages.batches(images, mine, batch, workers):
+        unreadable.add(bad.values())
+        if indices:
+            yield indices, np.stack(found)
 
 
 class Scorer:
-    """FID, sFID, IS, precision and recall against a reference: all processes look at their share of the images, and
-    rank 0, which has the reference's numbers, compares. inception: as for load_inception. force: accept fewer than 2048
-    images. batch, workers: for the images of a reference without features (ADM's). resize: one of RESIZES, for a
-    reference without our header (default: tensorflow). ValueError if the reference or the weights are missing, or do
+    """FID, sFID, IS, precision and recall against a reference: all processes measure their share of
+    the images, and rank 0, which has the reference's numbers, compares.
+
+    inception: as for load_inception. force: accept fewer than 2048 images. batch, workers: for the
+    images of a reference without features (ADM's). resize: one of RESIZES, for a reference without
+    our header (default: tensorflow). UserError if the reference or the weights are missing, or do
     not belong together."""
 
     def __init__(self, reference, inception="", force=False, batch=64, workers=2, resize=None):
-        self.path, self.force = reference, force
-        self.inception, self.inception_hash = load_inception(inception, default_device())
+        self.path = reference
+        self.force = force
+        self.inception, self.inception_hash = load_inception(inception, configs.default_device())
 
         def read():
-            self.real, header, pictured = read_reference(reference)
-            return header, data.file_hash(reference), pictured and "features" not in self.real
+            self.real, header, has_images = read_reference(reference)
+            return header, data.file_hash(reference), has_images and "features" not in self.real
 
-        self.header, self.hash, needs_features = on_rank_0(read)
-        self.arithmetic = self.header.get("arithmetic", "fp32")            # both sides by the same
-        self.resize = self.header.get("resize", resize or "tensorflow")
-        if self.header and resize not in (None, self.resize):
-            raise ValueError(f"--resize {resize}: {reference} was made with --resize {self.resize}, and what is scored "
-                             f"follows it; leave the flag out, or make another reference")
-        self.size, self.made = self.header.get("size"), f"made elsewhere, taken to be as in {self.resize}"
-        if self.header:
-            images, source = counted(self.header["images"]), self.header["source"]
-            self.made = f"made of {images} of {source}, {self.size} x {self.size}"
-        if self.header.get("inception", self.inception_hash) != self.inception_hash:
-            raise ValueError(f"{reference} was made with other Inception weights ({self.header['inception']}) than "
-                             f"those given ({self.inception_hash}); make it again, or pass its own as --inception")
-        check_number(self.header.get("images", math.inf), force, f"images in {reference}")
+        header, self.hash, needs_features = configs.on_rank_0(read)
+        self.resize = header.get("resize", resize or "tensorflow")
+        self.size = header.get("size")
+        self.source = f"made elsewhere, taken to be as in {self.resize}"
+        if header:
+            self.check_header(header, resize)
         if needs_features:
             images = data.read_npz(reference)
-            stats = self.look(read_share(images, batch, workers), len(images))
-            self.size, self.made = images.size, f"{self.made}; precision and recall by its {len(images)} images"
+            stats = self.measure(read_share(images, len(images), batch, workers), len(images))
+            self.size = images.size
+            self.source += f"; precision and recall by its {len(images)} images"
             if rank_and_size()[0] == 0:
                 self.real["features"] = stats["features"]
 
-    def check_size(self, size):
-        """ValueError if the images to be scored have another size than those of the reference."""
-        if self.size not in (None, size):
-            raise ValueError(f"the images have {size} x {size} pixels, and those of {self.path} {self.size} x "
-                             f"{self.size}; scores across sizes say little: make a reference with --size {size}")
+    def check_header(self, header, resize):
+        """UserError if a reference of ours does not go with the flags."""
+        if resize not in (None, self.resize):
+            raise UserError(
+                f"--resize {resize}: {self.path} was made with --resize {self.resize}, and a score "
+                f"follows its reference; leave the flag out, or make another reference"
+            )
+        if header["inception"] != self.inception_hash:
+            raise UserError(
+                f"{self.path} was made with other Inception weights ({header['inception']}) than "
+                f"those given ({self.inception_hash}); make it again, or pass its own as "
+                f"--inception"
+            )
+        check_number(header["images"], self.force, f"images in {self.path}")
+        size = f"{self.size} x {self.size}"
+        self.source = f"made of {format_count(header['images'])} of {header['source']}, {size}"
 
-    def look(self, batches, n):
-        """This process's share of n images, as for `statistics` -> what that gives for the images of all processes."""
-        stats = statistics(self.inception, batches, n, self.arithmetic, self.resize)
-        check_number(stats["images"], self.force)                          # some may have been unreadable
+    def check_size(self, size):
+        """UserError if the images to be scored have another size than those of the reference."""
+        if self.size not in (None, size):
+            raise UserError(
+                f"the images have {size} x {size} pixels, and those of {self.path} {self.size} x "
+                f"{self.size}; scores across sizes say little: make a reference with --size {size}"
+            )
+
+    def measure(self, batches, n):
+        """This process's share of n images, as for `statistics` -> its result for the images of all
+        processes."""
+        stats = statistics(self.inception, batches, n, self.resize)
+        check_number(stats["images"], self.force)  # some may have been unreadable
         return stats
 
     def compare(self, fake):
-        """On rank 0: what `look` gave -> {"fid", "is", and as far as the reference goes "sfid", "precision",
-        "recall"}."""
-        real, device, scores = self.real, default_device(), {}
-        scores["fid"] = frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])
+        """On rank 0: the result of `measure` -> {"fid", "is", and as far as the reference has them
+        "sfid", "precision", "recall"}."""
+        real = self.real
+        device = configs.default_device()
+        scores = {"fid": frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])}
         if "mu_s" in real:
-            scores["sfid"] = frechet_distance(real["mu_s"], real["sigma_s"], fake["mu_s"], fake["sigma_s"])
-        with autocast("fp32", device):                                     # without tf32: distances need all digits
+            gaussians = real["mu_s"], real["sigma_s"], fake["mu_s"], fake["sigma_s"]
+            scores["sfid"] = frechet_distance(*gaussians)
+        with autocast("fp32", device):  # without tf32: distances need all digits
             features = fake["features"].to(device)
             scores["is"] = inception_score(self.inception.logits(features).cpu())
             if "features" in real:
-                scores["precision"], scores["recall"] = precision_recall(real["features"].to(device), features)
+                precision, recall = precision_recall(real["features"].to(device), features)
+                scores["precision"] = precision
+                scores["recall"] = recall
         return scores
 
     def provenance(self):
         """What the numbers depend on beside the images."""
-        return (f"against {self.path} ({self.hash}; {self.made}); Inception {self.inception_hash} in "
-                f"{self.arithmetic}, {RESIZES[self.resize]}{unless_published(self.inception_hash)}")
+        return f"against {self.path} ({self.hash}; {self.source}); " + describe_inception(
+            self.inception_hash, self.resize
+        )
 
 
-def unless_published(inception_hash):
-    if inception_hash.startswith(INCEPTION_HASH):
-        return ""
-    return ("; THESE ARE NOT THE PUBLISHED INCEPTION WEIGHTS: the scores are not meaningful, and compare with nothing "
-            "but others of the same file")
+def describe_inception(inception_hash, resize):
+    """The network of a score or a reference, with a warning if it is not the published one."""
+    words = f"Inception {inception_hash} in fp32, {RESIZES[resize]}"
+    if not inception_hash.startswith(INCEPTION_HASH):
+        words += (
+            "; THESE ARE NOT THE PUBLISHED INCEPTION WEIGHTS: the scores are not meaningful, and "
+            "compare with nothing but others of the same file"
+        )
+    return words
 
 
-def in_words(scores):
+def format_scores(scores):
     """In one line."""
-    forms = {"fid": "FID {:.4f}", "sfid": "sFID {:.4f}", "is": "IS {:.3f}", "precision": "precision {:.4f}",
-             "recall": "recall {:.4f}"}
+    forms = {
+        "fid": "FID {:.4f}",
+        "sfid": "sFID {:.4f}",
+        "is": "IS {:.3f}",
+        "precision": "precision {:.4f}",
+        "recall": "recall {:.4f}",
+    }
     return ", ".join(form.format(scores[name]) for name, form in forms.items() if name in scores)
 
 
-def recognised(images, labels):
-    """How many of these shapes a classifier names right. images (n, H, W, 3) uint8, labels (n,) -> the share of them,
-    and the classifier's share on real shapes that it has not seen."""
-    right, real = shape_classifier(images.shape[1])
-    return right(data.to_float(images), torch.as_tensor(labels)), real
+# -------------------------------------------------------------------------------------------------
+# A score for the built-in data: how many shapes a classifier recognises
+
+
+def shape_accuracy(images, labels):
+    """images (n, H, W, 3) uint8, labels (n,) -> the share of these shapes that a classifier names
+    right, and its share of real shapes that it has not seen."""
+    accuracy, real = shape_classifier(images.shape[1])
+    return accuracy(data.to_float(images), torch.as_tensor(labels)), real
 
 
 @functools.lru_cache
 def shape_classifier(size, seed=0):
-    """A small CNN trained here, on 8,000 shapes of a seed that training does not use -> right(x, y), the share of
-    pictures x that it names y, and that share of 1,000 others."""
+    """A small CNN, trained here in seconds on 8,000 shapes of a seed that training does not use ->
+    accuracy(x, y), the share of images x that it names y, and that share of 1,000 others."""
     torch.manual_seed(seed)
-    real = 8000
-    dataset = data.Shapes(size, real + 1000, seed=1_000_000 + seed)
+    train = 8000
+    dataset = data.Shapes(size, train + 1000, seed=1_000_000 + seed)
     x = data.to_float(np.stack([dataset.read(i) for i in range(len(dataset))]))
     y = torch.from_numpy(dataset.labels)
 
     def layer(i, o):
         return nn.Sequential(nn.Conv2d(i, o, 3, stride=2, padding=1), nn.BatchNorm2d(o), nn.ReLU())
 
-    net = nn.Sequential(layer(3, 32), layer(32, 64), layer(64, 128),
-                        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10)]
+    net = nn.Sequential(layer(3, 32), layer(32, 64), layer(64, 128), *head)
     optimizer = torch.optim.Adam(net.parameters())
-    batches = [b for _ in range(4) for b in torch.randperm(real).split(128)]
+    batches = [b for _ in range(4) for b in torch.randperm(train).split(128)]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, len(batches))
     for b in batches:
-        noisy = x[b] + 0.05 * torch.rand(len(b), 1, 1, 1) * torch.randn_like(x[b])  # samples are never quite clean
+        noise = 0.05 * torch.rand(len(b), 1, 1, 1) * torch.randn_like(x[b])
         optimizer.zero_grad()
-        F.cross_entropy(net(noisy), y[b]).backward()
+        F.cross_entropy(net(x[b] + noise), y[b]).backward()  # samples are never quite clean
         optimizer.step()
         schedule.step()
     net.eval()
 
     @torch.no_grad()
-    def right(x, y):
-        return (torch.cat([net(part).argmax(1) for part in x.split(500)]) == y).float().mean().item()
+    def accuracy(x, y):
+        named = torch.cat([net(part).argmax(1) for part in x.split(500)])
+        return (named == y).float().mean().item()
 
-    return right, right(x[real:], y[real:])
+    return accuracy, accuracy(x[train:], y[train:])
 
 
-# ---------------------------------------------------------------------------------------------
-# python sample.py
+# -------------------------------------------------------------------------------------------------
+# python sample.py --ckpt FILE
 
-GRID = 400                            # images that a grid shows at the most
-FILM = 20                             # and a film
-OUTPUTS = "outputs.txt"               # among the parts: what this run has begun to write, and may write again
+GRID = 400  # images of a grid at the most
+GIF = 20  # and of a gif
 
 
 def parse_classes(text, cfg):
-    """'207,360' or 'all' -> list of class indices. ValueError if the network has no such class."""
+    """'207,360' or 'all' -> list of class indices. UserError if the network has no such class."""
     if not cfg.num_classes:
-        raise ValueError(f"--classes {text}: this network was trained without classes; leave the flag out")
+        raise UserError(
+            f"--classes {text}: this network was trained without classes; leave the flag out"
+        )
     if text == "all":
         return list(range(cfg.num_classes))
-    try:
-        classes = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--classes {text}: give numbers with commas between them, as in 207,360, or all") from None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.lstrip("-").isdigit() for part in parts):
+        raise UserError(f"--classes {text}: give numbers separated by commas, as 207,360, or all")
+    classes = [int(part) for part in parts]
     for c in classes:
         if not 0 <= c < cfg.num_classes:
-            raise ValueError(f"--classes {text}: there is no class {c}; this network has 0 to {cfg.num_classes - 1}")
+            raise UserError(
+                f"--classes {text}: there is no class {c}; this network has 0 to "
+                f"{cfg.num_classes - 1}"
+            )
     return classes
 
 
-def parts_of(args):
-    """The folder of parts beside the .npz, or the folder, that they become; None where neither is asked for."""
-    lasting = args.npz or args.dir
-    return Path(f"{lasting.rstrip('/')}.parts") if lasting else None
+def check_output(flag, path, *endings):
+    """Before any work: UserError if there is something at path already, if it has another ending,
+    or if its folder is missing or cannot be written to."""
+    if not path:
+        return
+    parent = Path(path).parent
+    if endings and not path.lower().endswith(endings):
+        raise UserError(f"{flag} {path} must end in {' or '.join(endings)}")
+    if endings and os.path.exists(path):
+        raise UserError(f"{flag} {path} exists; remove it or choose another name")
+    if not parent.is_dir():
+        raise UserError(f"{flag} {path}: the folder {parent} does not exist; make it first")
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"{flag} {path}: the folder {parent} cannot be written to; choose another")
 
 
-def check_outputs(args):
-    """Before the work: every place that is to be written can be, and holds nothing yet, unless this is the same run
-    going on. Fills in args.out."""
-    begun = parts_of(args) / OUTPUTS if parts_of(args) else None
-    begun = begun.read_text().splitlines() if begun and begun.exists() else []
-    if args.reference and not args.out:
-        raise ValueError("--reference DATA needs --out REF.npz, the file to write")
+def check_flags(args):
+    """UserError for outputs that cannot be written, and for flags that would be ignored. Fills in
+    the default of --out."""
     if not (args.out or args.dir or args.npz or args.gif or args.score):
         names = itertools.chain(["samples.png"], (f"samples-{k}.png" for k in itertools.count(2)))
         args.out = next(name for name in names if not os.path.exists(name))
-    pictures = (".npz",) if args.reference else (".png", ".jpg", ".webp")
-    for flag, path, endings in [("--out", args.out, pictures), ("--npz", args.npz, (".npz",)),
-                                ("--gif", args.gif, (".gif",)), ("--dir", args.dir, ("",))]:
-        if path and not path.lower().endswith(endings):
-            raise ValueError(f"{flag} {path} must end in {' or '.join(endings)}")
-        empty = flag == "--dir" and os.path.isdir(path or "") and not os.listdir(path)
-        if path and os.path.exists(path) and not (empty or os.path.abspath(path) in begun):
-            raise ValueError(f"{flag} {path} exists; remove it or choose another name")
-        if path and not Path(path).parent.is_dir():
-            raise ValueError(f"{flag} {path}: the folder {Path(path).parent} does not exist; make it first")
-        if path and not os.access(Path(path).parent, os.W_OK):
-            raise ValueError(f"{flag} {path}: the folder {Path(path).parent} cannot be written to; choose another")
+    check_output("--out", args.out, ".png", ".jpg", ".webp")
+    check_output("--npz", args.npz, ".npz")
+    check_output("--gif", args.gif, ".gif")
+    check_output("--dir", args.dir)
+    if args.score in (None, "shapes"):
+        scoring = ("force", "inception", "resize")
+        unused = [configs.flag_of(name) for name in scoring if getattr(args, name)]
+        if unused:
+            raise UserError(f"{' and '.join(unused)} cannot be used without --score REF")
+    else:
+        check_number(args.num_images, args.force, "images (--num-images)")
+    if args.out and args.num_images > GRID and not folder_of(args):
+        raise UserError(
+            f"--num-images {args.num_images} is more than a grid shows ({GRID}); pass --dir DIR or "
+            f"--npz FILE, too"
+        )
 
 
-@contextlib.contextmanager
-def parts_folder(args, settings):
-    """Where the parts go until all that was asked for is whole. With --npz or --dir it stays after a kill, so that the
-    same command goes on; else it does not outlast this run. settings: what the images depend on."""
-    folder, first = parts_of(args), rank_and_size()[0] == 0
-    if folder:
-        on_rank_0(lambda: open_parts(folder, settings, args.n))
-        yield folder
-        if first:                                                          # settings.json last: it marks the folder
-            for file in [*folder.glob("*.npy"), *folder.glob(".*.tmp"), folder / OUTPUTS, folder / "settings.json"]:
-                file.unlink(missing_ok=True)
-            folder.rmdir()
-        return
-    folder = on_rank_0(lambda: tempfile.mkdtemp(prefix=".samples-", dir=Path(args.out or ".").parent))
-    try:
-        yield Path(folder)
-    finally:
-        if first:
-            shutil.rmtree(folder)
-
-
-def write(args, cfg, folder, classes, labels):
-    """Make of the parts the files that were asked for."""
-    (folder / OUTPUTS).write_text("\n".join(os.path.abspath(path) for path in (args.out, args.dir, args.npz) if path))
+def folder_of(args):
+    """Where the PNGs go, or None: a grid or a gif alone stays in memory."""
     if args.dir:
-        Path(args.dir).mkdir(exist_ok=True)
-        for indices, images in made(folder, args.n):
-            for i, image in zip(indices, images):
-                data.save_image(Image.fromarray(image), f"{args.dir}/{i:06d}.png")
-    if args.out:
-        images = np.concatenate([images for _, images in made(folder, min(args.n, GRID))])
-        data.save_grid(images, args.out, grid_columns(cfg, classes))
+        return Path(args.dir)
     if args.npz:
-        save_npz(folder, args.n, labels, args.npz)
-    for path in filter(None, (args.out, args.dir, args.npz)):
-        print(f"wrote {path}")
+        return Path(args.npz).with_suffix("")
+    return Path("samples") if args.score else None
 
 
-def make_images(args, given):
-    """--ckpt FILE: images, in all the forms asked for, and their score."""
-    check_outputs(args)
-    reference = args.score if args.score != "shapes" else None
-    if reference:
-        check_number(args.n, args.force, "images (--n)")
-    first = rank_and_size()[0] == 0
-    told = first and (args.dir or args.npz or args.score)                  # before the file can be another one
-    weights_hash = data.file_hash(args.ckpt) if told and os.path.isfile(args.ckpt) else ""
-    model, cfg = load_model(args.ckpt, args.preset, args.raw)
+def generate_command(args):
+    """--ckpt FILE: images, in all the forms that were asked for, and their score."""
+    check_flags(args)
+    given = {name: value for name, value in vars(args).items() if name in SAMPLING}
+    model, cfg = load_model(args.ckpt, args.preset, not args.no_ema)
     cfg = dataclasses.replace(cfg, **given)
     vae = open_vae(cfg)
-    vae_hash = data.file_hash(cfg.vae) if told and vae else ""
-    if args.score == "shapes" and cfg.num_classes != 10:
-        raise ValueError(f"--score shapes needs a network with the ten classes of shapes; {args.ckpt} has "
-                         f"{cfg.num_classes}")
     classes = parse_classes(args.classes, cfg) if args.classes else None
-    settings = {**dataclasses.asdict(cfg), "weights": weights_hash, "raw": args.raw, "seed": args.seed,
-                "classes": classes, "vae_weights": vae_hash}
-
-    if args.out or args.dir or args.npz or args.score:
-        scorer = None
-        if reference:
-            scorer = Scorer(reference, args.inception, args.force, args.batch, args.workers, args.resize)
-            scorer.check_size(cfg.input_size * (vae.factor if vae else 1))
-            warn_of_number(args.n)
-        with parts_folder(args, settings) as folder:
-            make_parts(model, cfg, vae, folder, args.n, classes, args.seed, args.batch)
-            stats = scorer.look(made(folder, args.n, *rank_and_size()), args.n) if scorer else None
-            leave_processes()                                              # what rank 0 still has to do may take long
-            if first:
-                labels = labels_of(range(args.n), cfg, classes, args.seed)
-                if scorer:
-                    result, judge = in_words(scorer.compare(stats)), scorer.provenance()
-                elif args.score:
-                    images = np.concatenate([images for _, images in made(folder, args.n)])
-                    share, real = recognised(images, labels)
-                    result = f"{100 * share:.1f} % named right"
-                    judge = f"by a classifier that names {100 * real:.1f} % of real shapes right"
-                if args.score:
-                    n = counted(stats["images"]) if scorer else f"{args.n} images"
-                    maker = made_by(model.provenance, weights_hash, cfg, vae_hash, args.seed, classes)
-                    print(f"{result}\n  {n} by the {maker}; {judge}", flush=True)
-                write(args, cfg, folder, classes, labels)
-    if args.gif and first:
-        save_film(model, cfg, args.gif, min(args.n, FILM), vae, classes, args.seed)
-        print(f"wrote {args.gif}")
+    if args.score == "shapes" and cfg.num_classes != 10:
+        raise UserError(
+            f"--score shapes needs a network with the ten classes of shapes; {args.ckpt} has "
+            f"{cfg.num_classes}"
+        )
+    if folder_of(args):
+        many_images(args, model, cfg, vae, classes)
+    elif args.out:
+        n = args.num_images
+        save_samples(model, cfg, args.out, vae, n, classes, args.seed, args.batch)
+        report_written(args.out)
+    if args.gif and rank_and_size()[0] == 0:
+        save_gif(model, cfg, args.gif, min(args.num_images, GIF), vae, classes, args.seed)
+        report_written(args.gif)
 
 
-def make_reference(args):
-    """--reference DATA --out REF.npz: write the reference. ValueError if DATA are no pictures."""
-    check_outputs(args)
-    inception, inception_hash = load_inception(args.inception, default_device())
-    dataset, precision = data.open_pictures(args.reference, args.size), "bf16" if args.bf16 else "fp32"
+def open_scorer(args):
+    return Scorer(args.score, args.inception, args.force, args.batch, args.workers, args.resize)
+
+
+def report_written(path):
+    if rank_and_size()[0] == 0:
+        print(f"wrote {path}", flush=True)
+
+
+def many_images(args, model, cfg, vae, classes):
+    """Images as PNGs in a folder; from it their score, the grid and the .npz."""
+    folder = folder_of(args)
+    n = args.num_images
+    first = rank_and_size()[0] == 0
+    scorer = None
+    if args.score not in (None, "shapes"):
+        scorer = open_scorer(args)
+        scorer.check_size(cfg.input_size * (vae.factor if vae else 1))
+        warn_of_number(n)
+    weights_hash, vae_hash = configs.on_rank_0(
+        lambda: (data.file_hash(args.ckpt), data.file_hash(cfg.vae) if vae else "")
+    )
+    settings = {name: getattr(cfg, name) for name in SAMPLING if name != "vae"}
+    settings |= {"weights": weights_hash, "ema": not args.no_ema, "vae_weights": vae_hash}
+    settings |= {"seed": args.seed, "classes": classes}
+    configs.on_rank_0(lambda: open_images_folder(folder, settings))
+
+    make_images(model, cfg, vae, folder, n, classes, args.seed, args.batch)
+    images = data.ImageFiles(folder)
+    stats = None
+    if scorer:
+        stats = scorer.measure(read_share(images, n, args.batch, args.workers), n)
+    configs.leave_processes()  # the rest is rank 0's, and may take long
+    if not first:
+        return
+    labels = labels_of(range(n), cfg, classes, args.seed)
+    weights = f"{model.provenance} ({weights_hash})"
+    maker = provenance(cfg, weights, vae_hash, args.seed, classes)
+    if scorer:
+        print(format_scores(scorer.compare(stats)))
+        print(f"  {format_count(stats['images'])} by the {maker}; {scorer.provenance()}")
+    elif args.score:
+        share, real = shape_accuracy(np.stack([images.read(i) for i in range(n)]), labels)
+        judge = f"a classifier that names {100 * real:.1f} % of real shapes right"
+        print(f"{100 * share:.1f} % named right\n  {n} images by the {maker}; by {judge}")
+    if args.out:
+        grid = np.stack([images.read(i) for i in range(min(n, GRID))])
+        data.save_grid(grid, args.out, grid_columns(cfg, classes))
+    if args.npz:
+        save_npz(images, n, labels, args.npz)
+    for path in filter(None, (folder, args.out, args.npz)):
+        report_written(path)
+
+
+# -------------------------------------------------------------------------------------------------
+# python sample.py --reference DATA --out REF.npz, --images PATH --score REF.npz, --bench
+
+
+def reference_command(args):
+    """Write the reference. UserError if DATA are not images."""
+    check_output("--out", args.out, ".npz")
+    inception, inception_hash = load_inception(args.inception, configs.default_device())
+    images = data.open_images(args.reference, args.size)
     start = time.time()
-    images = read_share(dataset, args.batch, args.workers)
-    resize = args.resize or "pytorch"
-    stats = statistics(inception, images, len(dataset), precision, resize)
+    batches = read_share(images, len(images), args.batch, args.workers)
+    stats = statistics(inception, batches, len(images), args.resize)
     n = stats["images"]
     if not stats["mu"].isfinite().all():
-        raise ValueError("the features of these images are not finite; are the Inception weights damaged?")
+        raise UserError(
+            "the features of these images are not finite; are the Inception weights damaged?"
+        )
     check_number(n, force=True)
     warn_of_number(n)
-    if rank_and_size()[0] == 0:
-        source = args.reference + (" (cropped and resized)" if args.size else "")
-        write_reference(args.out, stats, {"source": source, "images": n, "size": dataset.size,
-                                          "inception": inception_hash, "arithmetic": precision, "resize": resize})
-        print(f"wrote {args.out}: statistics of {n} images ({dataset.size} x {dataset.size}), features of "
-              f"{len(stats['features'])}, {n / (time.time() - start):.1f} images/s; Inception {inception_hash} in "
-              f"{precision}, {RESIZES[resize]}{unless_published(inception_hash)}")
+    if rank_and_size()[0]:
+        return
+    header = {
+        "source": args.reference + (" (cropped and resized)" if args.size else ""),
+        "images": n,
+        "size": images.size,
+        "inception": inception_hash,
+        "resize": args.resize,
+    }
+    write_reference(args.out, stats, header)
+    print(
+        f"wrote {args.out}: statistics of {n} images ({images.size} x {images.size}), features of "
+        f"{len(stats['features'])}, {n / (time.time() - start):.1f} images/s; "
+        + describe_inception(inception_hash, args.resize)
+    )
 
 
-def score_images(args):
-    """--images PATH --score REF: print the scores. ValueError if PATH holds no pictures, or others than REF."""
-    if args.score in (None, "shapes"):
-        raise ValueError("--images PATH needs --score REF.npz (make one with --reference)")
-    dataset = data.open_pictures(args.images, args.size)
-    check_number(len(dataset), args.force)
-    scorer = Scorer(args.score, args.inception, args.force, args.batch, args.workers, args.resize)
-    scorer.check_size(dataset.size)
-    warn_of_number(len(dataset))
-    stats, first = scorer.look(read_share(dataset, args.batch, args.workers), len(dataset)), rank_and_size()[0] == 0
-    leave_processes()                                                      # comparing may take rank 0 some minutes
+def score_command(args):
+    """Print the scores of existing images. UserError if PATH does not hold images, or of another
+    size than the reference's."""
+    images = data.open_images(args.images, args.size)
+    n = len(images)
+    check_number(n, args.force)
+    scorer = open_scorer(args)
+    scorer.check_size(images.size)
+    warn_of_number(n)
+    stats = scorer.measure(read_share(images, n, args.batch, args.workers), n)
+    first = rank_and_size()[0] == 0
+    configs.leave_processes()  # comparing may take rank 0 some minutes
     if first:
         digest = f" ({data.file_hash(args.images)})" if os.path.isfile(args.images) else ""
-        print(f"{in_words(scorer.compare(stats))}\n  {counted(stats['images'])} of {args.images}{digest}, "
-              f"{'cropped and resized to ' if args.size else ''}{dataset.size} x {dataset.size}; {scorer.provenance()}")
+        resized = "cropped and resized to " if args.size else ""
+        print(format_scores(scorer.compare(stats)))
+        print(
+            f"  {format_count(stats['images'])} of {args.images}{digest}, {resized}"
+            f"{images.size} x {images.size}; {scorer.provenance()}"
+        )
 
 
-def bench(args, given):
+def bench_command(args):
     """Time the sampling of args.bench batches, after a warm-up of one. Latents stay latents."""
     if args.ckpt:
-        model, cfg = load_model(args.ckpt, args.preset, args.raw)
+        model, cfg = load_model(args.ckpt, args.preset, not args.no_ema)
     else:
-        cfg = config_from(args.preset or "shapes", {})
-        model = diffit.build(cfg).to(default_device()).eval().requires_grad_(False)
-    cfg, device, calls = dataclasses.replace(cfg, **given), next(model.parameters()).device, []
-    model.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
-
-    def batches(n):
-        for _ in generate(model, cfg, range(n * args.batch), batch=args.batch):
-            pass
-        return finished(device)
-
-    began = batches(1)
-    calls.clear()
-    seconds, n = batches(args.bench) - began, args.bench * args.batch
-    print(f"{n} images in batches of {args.batch}, {cfg.sampler}, {cfg.steps} steps, guidance {cfg.cfg:g}, "
-          f"{sum(calls) / n:.1f} passes an image: {speed(n / seconds, sum(calls) / n * measure(cfg)[1], cfg, device)}")
-
-
-# What the three commands that make no images take.
-OTHER_COMMANDS = {"reference": ["reference", "out", "inception", "batch", "workers", "size", "bf16", "resize"],
-                  "images": ["images", "score", "force", "inception", "batch", "workers", "size", "resize"],
-                  "bench": ["bench", "ckpt", "preset", "raw", "batch", *SAMPLING]}
-
-
-def run(args):
-    """The command with these flags."""
+        cfg = configs.config_from_preset(args.preset or "shapes", {})
+        model = diffit.build(cfg).to(configs.default_device()).eval().requires_grad_(False)
     given = {name: value for name, value in vars(args).items() if name in SAMPLING}
-    for flag, least in [("n", 1), ("batch", 1), ("bench", 1), ("size", 1), ("seed", 0), ("workers", 0)]:
-        if getattr(args, flag) is not None and getattr(args, flag) < least:
-            raise ValueError(f"--{flag} {getattr(args, flag)} must be {least} or more")
-    other = next((name for name in OTHER_COMMANDS if name in args.given), None)
-    if other:
-        wrong, where = args.given - set(OTHER_COMMANDS[other]), f"with --{other}"
-    elif args.score in (None, "shapes"):
-        wrong, where = args.given & {"force", "inception", "workers", "resize"}, "without --score REF"
-    else:
-        wrong, where = args.given & {"size", "bf16"}, "here: what is scored follows the reference"
-    if wrong:
-        raise ValueError(f"{' and '.join(map(flag_of, sorted(wrong)))} cannot be used {where}")
-    if other == "reference":
-        make_reference(args)
-    elif other == "images":
-        score_images(args)
-    elif other == "bench":
-        bench(args, given)
-    elif args.ckpt:
-        make_images(args, given)
-    else:
-        raise ValueError("pass --ckpt FILE: a checkpoint (train.py writes last.pt into its folder), or published "
-                         "weights")
+    cfg = dataclasses.replace(cfg, **given)
+    device = next(model.parameters()).device
+    passes = []  # images in each call of the network
+    model.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
+
+    def one_batch():
+        passes.clear()
+        list(generate(model, cfg, range(args.batch), batch=args.batch))
+
+    seconds = configs.seconds_per_call(one_batch, args.bench, device)
+    each = sum(passes) / args.batch
+    multiply_adds = each * diffit.measure(cfg)[1]
+    speed = configs.format_speed(args.batch / seconds, multiply_adds, cfg.precision, device)
+    print(
+        f"{args.bench} batches of {args.batch}, {cfg.sampler}, {cfg.sampling_steps} steps, "
+        f"guidance {cfg.cfg_scale:g}, {each:.1f} passes an image: {speed}"
+    )
+
+
+# -------------------------------------------------------------------------------------------------
+# The command line: four commands, each with a parser and flags of its own
 
 
 def main():
-    parser = Parser(prog="sample.py", description="Make images from a checkpoint of train.py, or from published "
-                                                  "weights, and score them; or score others.")
-    parser.add_argument("--ckpt", metavar="FILE", help="a checkpoint of train.py, or published weights")
-    parser.add_argument("--preset", default="", help="the network, for published weights and for --bench alone")
-    parser.add_argument("--bench", type=int, nargs="?", const=3, metavar="N",
-                        help="only time N batches (default 3), with --ckpt or with the untrained network of --preset")
-    parser.add_argument("--n", type=int, default=64, help="how many images")
-    parser.add_argument("--classes", metavar="207,360|all", help="classes, in turn (default: all, shuffled)")
-    parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone")
-    parser.add_argument("--batch", type=int, default=64, help="images at a time")
-    parser.add_argument("--raw", action="store_true", help="the optimizer's weights instead of their moving average")
-    parser.add_argument("--out", metavar="PNG", help=f"a grid of the first {GRID} (default samples.png)")
-    parser.add_argument("--dir", metavar="DIR", help="a folder for one PNG each")
-    parser.add_argument("--npz", metavar="FILE", help="as ADM's evaluator reads it: arr_0 uint8 NHWC, arr_1 labels")
-    parser.add_argument("--gif", metavar="FILE", help=f"a film of the first {FILM} on their way from noise")
-    parser.add_argument("--score", metavar="REF|shapes", help="FID, sFID, IS, precision and recall against a "
-                        "reference; shapes: let a classifier, trained on the spot, name them")
-    parser.add_argument("--force", action="store_true", help="score even fewer than 2048 images")
-    parser.add_argument("--inception", metavar="FILE", default="",
-                        help=f"the weights that scores look through (default: {INCEPTION}, here or in torch's cache)")
-    parser.add_argument("--images", metavar="PATH", help=f"score these, and make none: {data.KINDS}")
-    parser.add_argument("--reference", metavar="DATA", help="make a reference for --score of these, in --out REF.npz")
-    parser.add_argument("--size", type=int, help="crop and resize --images or --reference as training would "
-                                                 "(default: they all have one size)")
-    parser.add_argument("--bf16", action="store_true", help="a reference, and all scores against it, in bf16: faster, "
-                                                            "and comparable with nothing else")
-    parser.add_argument("--resize", choices=list(RESIZES),
-                        help="how a reference, and what is scored against it, comes to Inception's 299 pixels (default "
-                             "pytorch); tensorflow: as in the evaluators of ADM and EDM, and for their references")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read images to be scored")
-    parser.add_config(SAMPLING)
+    """Run the command that the flags name; without a name, images are generated."""
+    commands = {"--images": score_main, "--reference": reference_main, "--bench": bench_main}
+    named = [flag.split("=")[0] for flag in sys.argv[1:]]
+    command = next((commands[flag] for flag in named if flag in commands), generate_main)
+    command()
+
+
+def run(parser, command):
+    """Parse the flags and run the command, in all processes."""
     args = parser.parse_args()
-    args.given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    configs.run_command(
+        parser,
+        lambda: command(args),
+        f"pass a --batch below {args.batch}",
+        "with --dir or --npz, the same command resumes",
+    )
 
-    def end(number, frame):                                                # as Ctrl-C: leave nothing behind
-        if hasattr(signal, "SIGCHLD"):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)                  # torch would raise for each worker that ends
-        sys.exit(128 + number)
 
-    signal.signal(signal.SIGTERM, end)
-    run_command(parser, lambda: run(args), f"pass a --batch below {args.batch}",
-                "with --npz or --dir, the same command goes on")
+def generate_main():
+    parser = Parser(
+        prog="sample.py",
+        usage="sample.py --ckpt FILE [--num-images N] [--out PNG] [--npz FILE] ...",
+        description="Generate images from a checkpoint of train.py or from published weights. "
+        "Three other commands have flags of their own: --images PATH --score REF.npz scores "
+        "images that exist, --reference DATA --out REF.npz makes a reference, --bench 3 times the "
+        "sampling; --images PATH --help lists the flags of the first, and so on.",
+    )
+    group = parser.add_argument_group("images")
+    group.add_argument(
+        "--ckpt", metavar="FILE", required=True, help="checkpoint of train.py, or published weights"
+    )
+    network_flags(group)
+    group.add_argument(
+        "--num-images", type=at_least(1), default=64, metavar="N", help="how many images"
+    )
+    group.add_argument(
+        "--classes", metavar="207,360|all", help="classes, in turn (default: all of them, shuffled)"
+    )
+    group.add_argument(
+        "--seed", type=at_least(0), default=0, help="image i depends on the seed and i alone"
+    )
+    group.add_argument("--batch", type=at_least(1), default=64, help="images at a time")
+    group = parser.add_argument_group(
+        "output",
+        "Without any of these, a grid in samples.png. With --dir, --npz or --score the images stay "
+        "as PNGs in a folder, and the same command resumes with those that are missing.",
+    )
+    group.add_argument("--out", metavar="PNG", help=f"a grid of the first {GRID}")
+    group.add_argument(
+        "--dir", metavar="DIR", help="the folder of PNGs (default: named after --npz, or samples)"
+    )
+    group.add_argument(
+        "--npz", metavar="FILE", help="for ADM's evaluator: arr_0 uint8 NHWC, arr_1 labels"
+    )
+    group.add_argument(
+        "--gif", metavar="FILE", help=f"the first {GIF} on their way from noise to image"
+    )
+    group = parser.add_argument_group("score")
+    group.add_argument(
+        "--score",
+        metavar="REF|shapes",
+        help="FID, sFID, IS, precision and recall against a reference; shapes: the share of "
+        "shapes that a classifier names right",
+    )
+    group.add_argument("--force", action="store_true", help="score fewer than 2048 images")
+    scoring_flags(group)
+    parser.add_config(SAMPLING, "the checkpoint's")
+    run(parser, generate_command)
+
+
+def score_main():
+    parser = Parser(prog="sample.py", description="Score images that exist against a reference.")
+    parser.add_argument("--images", metavar="PATH", required=True, help=data.KINDS)
+    parser.add_argument(
+        "--score", metavar="REF", required=True, help="file of --reference, or ADM's"
+    )
+    parser.add_argument("--force", action="store_true", help="score fewer than 2048 images")
+    parser.add_argument("--batch", type=at_least(1), default=64, help="images at a time")
+    size_flag(parser)
+    scoring_flags(parser)
+    run(parser, score_command)
+
+
+def reference_main():
+    parser = Parser(prog="sample.py", description="Make a reference for --score of real images.")
+    parser.add_argument("--reference", metavar="DATA", required=True, help=data.KINDS)
+    parser.add_argument("--out", metavar="REF.npz", required=True, help="the file to write")
+    parser.add_argument("--batch", type=at_least(1), default=64, help="images at a time")
+    size_flag(parser)
+    scoring_flags(parser, resize="pytorch")
+    run(parser, reference_command)
+
+
+def bench_main():
+    parser = Parser(prog="sample.py", description="Time the sampling, after a warm-up batch.")
+    parser.add_argument(
+        "--bench", type=at_least(1), nargs="?", const=3, metavar="N", help="batches (default: 3)"
+    )
+    parser.add_argument("--ckpt", metavar="FILE", help="network (default: untrained --preset)")
+    network_flags(parser)
+    parser.add_argument("--batch", type=at_least(1), default=64, help="images at a time")
+    parser.add_config(SAMPLING, "the checkpoint's")
+    run(parser, bench_command)
+
+
+def network_flags(group):
+    group.add_argument(
+        "--preset",
+        default="",
+        metavar="NAME",
+        help="the network; only where there is no checkpoint",
+    )
+    group.add_argument(
+        "--no-ema", action="store_true", help="the weights of the optimizer, not their average"
+    )
+
+
+def size_flag(parser):
+    parser.add_argument(
+        "--size",
+        type=at_least(1),
+        help="crop and resize as training does (default: the images have one size)",
+    )
+
+
+def scoring_flags(group, resize=None):
+    group.add_argument(
+        "--inception",
+        metavar="FILE",
+        default="",
+        help=f"weights of Inception (default: {INCEPTION})",
+    )
+    group.add_argument(
+        "--resize",
+        choices=list(RESIZES),
+        default=resize,
+        help="how images come to Inception's 299 pixels: as in pytorch-fid, or as in the "
+        "evaluators of ADM and EDM (tensorflow); a score follows its reference",
+    )
+    group.add_argument(
+        "--workers", type=at_least(0), default=2, help="processes that read images to be scored"
+    )
 
 
 if __name__ == "__main__":

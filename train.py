@@ -1,9 +1,11 @@
-"""Training: python train.py --preset NAME --data PATH, or on several processes torchrun --nproc_per_node=8 train.py ...
+"""Training: python train.py --preset NAME --data PATH, or torchrun --nproc_per_node=8 train.py ...
 
-`Trainer.step` is the step itself and `train` the loop around it; what they need stands above them. The same command
-again resumes. Nothing of a run's randomness is saved, because none needs to be: the data follow from (seed, place), and
-the noise, timesteps and dropped labels from (seed, step, micro-batch), whichever process works on that micro-batch.
+`Trainer.step` is the step and `train` the loop around it; the parts they are made of come first.
+The same command again resumes. No random state is ever saved, because everything random follows
+from where it stands: the order of the data from (seed, place), the noise, timesteps and dropped
+labels from (seed, step, micro-batch), whichever process works on that micro-batch.
 """
+
 import contextlib
 import copy
 import dataclasses
@@ -16,12 +18,13 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from PIL import Image, ImageDraw
 from torch.utils.checkpoint import checkpoint
 
@@ -30,102 +33,90 @@ import data
 import diffit
 import diffusion
 import sample
-from configs import SOURCES, Parser, config_from
+from configs import Config, Parser, UserError, on_rank_0, rank_and_size, say
 
-
-# ---------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Gradients of all processes
 
+
 class GradientAverager:
-    """Adds up the gradients of all processes while backward still runs. (Each has divided its loss by the whole batch,
-    so the sum is the mean.) Every process then holds the same gradients, and so keeps the same weights.
+    """Adds up the gradients of all processes while the backward pass still runs. (Each process has
+    divided its loss by the size of the whole batch, so the sum is the mean.) Every process then
+    holds the same gradients, and so keeps the same weights.
 
-    Parameters share buckets of about `bucket_mb`, in the order in which backward produces their gradients: their
-    reverse at first, from the second step on what the first has shown. A full bucket's all-reduce starts at once;
-    buckets go in turn, so that all processes send the same one. Alone it does nothing, and costs nothing."""
+    Parameters share buckets of about `bucket_mb`, in reverse order: the last layers have their
+    gradients first. A full bucket's all-reduce starts at once; buckets go in turn, so that all
+    processes send the same one. A single process skips all of it."""
 
-    def __init__(self, parameters, bucket_mb=25):
-        self.parameters, self.limit, self.active = parameters, bucket_mb * 2 ** 20, False
-        self.alone = sample.rank_and_size()[1] == 1
+    def __init__(self, parameters: list[nn.Parameter], bucket_mb: float = 25):
+        self.alone = rank_and_size()[1] == 1
+        self.active = False
+        self.buckets = []
         if self.alone:
             return
-        for p in parameters:
-            dist.broadcast(p.data, 0)
-            p.register_post_accumulate_grad_hook(self.arrived)
-        self.number = {p: i for i, p in enumerate(parameters)}
-        self.fill(reversed(range(len(parameters))))
-        self.seen = []                                                     # None once the order is known
-
-    def fill(self, order):
-        """Put the parameters into buckets, in the order of these numbers."""
-        self.buckets, self.order, size = [], list(order), math.inf
-        for p in (self.parameters[i] for i in self.order):
-            if size + p.nbytes > self.limit:
+        size = math.inf
+        for p in reversed(parameters):
+            if size + p.nbytes > bucket_mb * 2**20:
                 self.buckets.append([])
                 size = 0
             self.buckets[-1].append(p)
             size += p.nbytes
-        self.flats = [torch.cat([p.detach().flatten() for p in bucket]) for bucket in self.buckets]  # memory for sums
         self.bucket_of = {p: k for k, bucket in enumerate(self.buckets) for p in bucket}
+        self.sums = [torch.cat([p.detach().flatten() for p in bucket]) for bucket in self.buckets]
+        for p in parameters:
+            dist.broadcast(p.data, 0)
+            p.register_post_accumulate_grad_hook(self.on_gradient)
         self.reset()
 
     def reset(self):
-        self.missing, self.sent, self.active = [len(bucket) for bucket in self.buckets], [], False
+        self.active = False
+        self.missing = [len(bucket) for bucket in self.buckets]  # gradients still to come
+        self.sent = []  # the all-reduces under way, one per bucket
 
     def start(self):
-        """Before the backward of a step's last micro-batch: from here on, gradients are complete when they arrive."""
+        """Before the backward pass of a step's last micro-batch: from now on a gradient that
+        arrives is complete."""
         self.active = not self.alone
 
-    def arrived(self, p):
+    def on_gradient(self, p):
         if self.active:
             self.missing[self.bucket_of[p]] -= 1
-            if self.seen is not None:
-                self.seen.append(p)
             while len(self.sent) < len(self.buckets) and not self.missing[len(self.sent)]:
-                self.send()
+                self.send(len(self.sent))
 
-    def send(self):
-        flat = self.flats[len(self.sent)]
-        torch.cat([p.grad.flatten() for p in self.buckets[len(self.sent)]], out=flat)
-        self.sent.append(dist.all_reduce(flat, async_op=True))
+    def send(self, k):
+        torch.cat([p.grad.flatten() for p in self.buckets[k]], out=self.sums[k])
+        self.sent.append(dist.all_reduce(self.sums[k], async_op=True))
 
     def finish(self):
-        """After that backward: wait, and give each parameter its sum."""
+        """After that backward pass: wait, and give each parameter its sum."""
         if self.alone:
             return
-        for work, flat, bucket in zip(self.sent, self.flats, self.buckets):
+        for work, total, bucket in zip(self.sent, self.sums, self.buckets):
             work.wait()
-            for p, grad in zip(bucket, flat.split([p.numel() for p in bucket])):
+            for p, grad in zip(bucket, total.split([p.numel() for p in bucket])):
                 p.grad = grad.view_as(p)
         self.reset()
-        if self.seen is not None:
-            self.fill(sample.objects_from_all([self.number[p] for p in self.seen])[0])  # rank 0's, for all
-            self.seen = None
-
-    def state_dict(self):
-        """The order, on which the rounding of a sum over three and more processes depends."""
-        return {} if self.alone or self.seen is not None else {"order": self.order}
-
-    def load_state_dict(self, state):
-        if not self.alone:
-            self.fill(state["order"])
-            self.seen = None
 
 
-# ---------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Moving average of the weights
 
+
 class EMA:
-    """A copy of the network whose weights follow the trained ones, ema = beta ema + (1 - beta) weights after each step.
-    beta is given, or follows from a half-life in images, which at the start is at most `rampup` of the images seen
-    (Karras et al. 2022, App. F.2: early weights are forgotten soon)."""
+    """A copy of the network whose weights follow the trained ones: after each step,
+    ema = beta ema + (1 - beta) weights. beta is given, or follows from a half-life in images, which
+    at the start is at most `rampup` of the images seen (Karras et al. 2022, App. F.2: early weights
+    are forgotten soon)."""
 
-    def __init__(self, model, cfg):
-        self.model, self.cfg = copy.deepcopy(model).eval().requires_grad_(False), cfg
-        self.own, self.trained = list(self.model.parameters()), [p.detach() for p in model.parameters()]
+    def __init__(self, model: nn.Module, cfg: Config):
+        self.cfg = cfg
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.averages = list(self.model.parameters())
+        self.weights = [p.detach() for p in model.parameters()]
 
-    def beta(self, images):
-        """The share that stays, for a step that begins after so many images."""
+    def beta(self, images: float) -> float:
+        """The share of the old average that stays, in a step that begins after so many images."""
         if self.cfg.ema_decay:
             return self.cfg.ema_decay
         halflife = 1000 * self.cfg.ema_halflife_kimg
@@ -134,195 +125,264 @@ class EMA:
         return 0.5 ** (self.cfg.batch_size / max(halflife, 1e-8))
 
     @torch.no_grad()
-    def update(self, images):
-        torch._foreach_lerp_(self.own, self.trained, 1 - self.beta(images))
+    def update(self, images: float) -> None:
+        torch._foreach_lerp_(self.averages, self.weights, 1 - self.beta(images))
 
 
-# ---------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The step
 
+
 def learning_rate(cfg, images):
-    """For a step that begins after so many images: a linear ramp from 0, then constant or half a cosine down to 0."""
+    """In a step that begins after so many images: a linear ramp from 0, then constant or half a
+    cosine down to 0."""
     ramp = min(1.0, images / (1000 * cfg.lr_rampup_kimg)) if cfg.lr_rampup_kimg else 1.0
     done = min(1.0, images / (1000 * cfg.kimg)) if cfg.lr_decay == "cosine" else 0.0
     return cfg.lr * ramp * (0.5 + 0.5 * math.cos(math.pi * done))
 
 
 class Trainer:
-    """All that training changes, and the step that changes it. weights: a state_dict, or part of one, to begin with."""
+    """Everything that training changes, and the step that changes it. weights: a state_dict to
+    begin with."""
 
     def __init__(self, cfg, device, weights=None):
-        self.cfg, self.device, (rank, size) = cfg, device, sample.rank_and_size()
+        self.cfg = cfg
+        self.device = device
         torch.manual_seed(cfg.seed)
-        self.model = diffit.build(cfg)                                     # on the CPU: the same on every machine
+        self.model = diffit.build(cfg)  # on the CPU: the same weights on every machine
         if weights:
             self.model.load_state_dict({**self.model.state_dict(), **weights})
         self.model.to(device).train()
         self.parameters = list(self.model.parameters())
-        self.averager = GradientAverager(self.parameters)                  # from here on, weights are rank 0's
+        self.averager = GradientAverager(self.parameters)  # from here on, weights are rank 0's
         self.ema = EMA(self.model, cfg)
-        self.optimizer = torch.optim.AdamW(self.parameters, cfg.lr, (0.9, cfg.beta2), 1e-8, cfg.weight_decay,
-                                           fused=True)
+        betas = (0.9, cfg.beta2)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, cfg.lr, betas, 1e-8, cfg.weight_decay, fused=True
+        )
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
         self.process = diffusion.build(cfg)
-        self.timesteps = diffusion.LossAwareTimesteps(cfg.diffusion_steps) if cfg.timesteps == "loss-aware" else None
+        self.timesteps = None
+        if cfg.timesteps == "loss-aware":
+            self.timesteps = diffusion.LossAwareTimesteps(cfg.diffusion_steps)
+        rank, size = rank_and_size()
         self.micro = cfg.micro_batch or cfg.batch_size // size
-        each = cfg.batch_size // size // self.micro                        # micro-batches of a process in a step
-        self.mine = range(rank * each, (rank + 1) * each)
-        self.group_names, self.groups = groups(self.model)
-        self.groups = self.groups.to(device)
-        for block in (m for m in self.model.modules() if isinstance(m, diffit.BLOCKS)):
-            if cfg.checkpoint_blocks:
-                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-            if cfg.compile:
-                block.compile()                                            # equal blocks compile once
+        count = cfg.batch_size // size // self.micro  # micro-batches of a process in a step
+        self.mine = range(rank * count, (rank + 1) * count)
+        self.part_names, self.part_of = parts_of(self.model)
+        self.part_of = self.part_of.to(device)
+        self.prepare_blocks()
 
-    def parts(self):
-        """What a checkpoint holds of it, by name."""
-        parts = {"model": self.model, "ema": self.ema.model, "optimizer": self.optimizer, "scaler": self.scaler,
-                 "averager": self.averager, "timesteps": self.timesteps}
+    def prepare_blocks(self):
+        for block in self.model.modules():
+            if isinstance(block, diffit.BLOCKS):
+                if self.cfg.grad_checkpointing:
+                    block.forward = functools.partial(
+                        checkpoint, block.forward, use_reentrant=False
+                    )
+                if self.cfg.compile:
+                    block.compile()  # equal blocks compile once
+
+    def state(self):
+        """The parts that a checkpoint holds, by name."""
+        parts = {
+            "model": self.model,
+            "ema": self.ema.model,
+            "optimizer": self.optimizer,
+            "scaler": self.scaler,
+            "timesteps": self.timesteps,
+        }
         return {name: part for name, part in parts.items() if part is not None}
 
     def step(self, step, batches, watch=False):
-        """One step, on this process's next micro-batches (x, y, unreadable) -> what was seen of the whole batch: a dict
-        of columns, each (batch_size,), and of the gradient: its norm, then that of each part; None where it was not
-        finite, and nothing was changed but what cfg.nonfinite says. watch: also the norm of each condition vector."""
-        cfg, images, columns = self.cfg, step * self.cfg.batch_size, []    # images seen before this step
+        """One step, on this process's next micro-batches (x, y, unreadable).
+
+        -> columns, norms. columns: per image of the whole batch, a dict of (batch_size,) tensors,
+        its noise level, weight and losses, with watch also the norm of its condition vector.
+        norms (1 + parts,): of the gradient and of each of its parts; None if it was not finite, and
+        then nothing changed but what cfg.nonfinite_grads says."""
+        cfg = self.cfg
+        columns = []
         for k in self.mine:
             x, y, _ = next(batches)
-            x = data.to_network(x.to(self.device, non_blocking=True))      # (b, C, H, W), pixels in [-1, 1]
-            y = y.to(self.device, non_blocking=True) if cfg.num_classes else None
-            torch.manual_seed(sample.seed_from(cfg.seed, step, k))
-            t, weight = self.draw(len(x))
-            told = []                                                      # what the process tells the network of t
-
-            x, augmented = data.augment(x, cfg.augment) if cfg.augment else (x, None)
-
-            def f(x, t):
-                told.append(t)
-                return self.model(x, t, y, augmented)
-
-            with sample.autocast(cfg.precision, self.device):
-                losses = self.process.loss(f, x, t)                        # each (b,)
-            if k == self.mine[-1]:
-                self.averager.start()
-            self.scaler.scale((weight * losses["loss"]).sum() / cfg.batch_size).backward()
-            columns.append({"t": t, "weight": weight, **{name: loss.detach() for name, loss in losses.items()}})
-            if watch:
-                with torch.no_grad():
-                    columns[-1]["condition"] = diffit.condition(self.model, told[0], y, augmented).norm(dim=1)
+            columns.append(self.accumulate(x, y, step, k, watch))
         self.averager.finish()
+        columns = gather_columns(columns)
         self.scaler.unscale_(self.optimizer)
-        norms = torch.stack(torch._foreach_norm([p.grad for p in self.parameters]))
-        norm = norms.norm()
-        seen = sample.from_all(torch.stack([torch.cat([c[name].float() for c in columns]) for name in columns[0]]))
-        seen = dict(zip(columns[0], seen))
-
-        finite = bool(norm.isfinite())
-        if not finite and cfg.nonfinite == "zero":                         # EDM's way: what is not a number stays put
+        norms = self.gradient_norms()
+        finite = bool(norms[0].isfinite())
+        if finite:
+            self.update(step, norms[0])
+            if self.timesteps:
+                self.timesteps.update(columns["t"].long(), columns["loss"])
+        elif cfg.nonfinite_grads == "zero":  # EDM
             for p in self.parameters:
                 torch.nan_to_num_(p.grad, 0.0, 0.0, 0.0)
-            norm = torch.stack(torch._foreach_norm([p.grad for p in self.parameters])).norm()
-        if finite or cfg.nonfinite == "zero":
-            if cfg.grad_clip:
-                torch.nn.utils.clip_grads_with_norm_(self.parameters, cfg.grad_clip, norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(cfg, images)
-            self.optimizer.step()
-            self.ema.update(images)
-            if self.timesteps and finite:
-                self.timesteps.update(seen["t"].long(), seen["loss"])
+            self.update(step, self.gradient_norms()[0])
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        parts = torch.zeros(len(self.group_names), device=self.device).index_add_(0, self.groups, norms ** 2).sqrt()
-        return seen, torch.cat([norm[None], parts]) if finite else None
+        return columns, norms if finite else None
 
-    def draw(self, b):
-        """Noise levels (b,) for a micro-batch, and what each image's loss weighs."""
+    def update(self, step, norm):
+        """Clip the gradient, of this norm, and take the step: weights, then their average."""
+        images = step * self.cfg.batch_size  # seen before this step
+        if self.cfg.grad_clip:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.cfg.grad_clip, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.cfg, images)
+        self.optimizer.step()
+        self.ema.update(images)
+
+    def accumulate(self, x, y, step, k, watch):
+        """Forward and backward pass of micro-batch k of a step -> its columns, (b,) each.
+        x (b, C, H, W) uint8 or latents, y (b,)."""
+        cfg = self.cfg
+        x = data.to_network(x.to(self.device, non_blocking=True))  # pixels in [-1, 1]
+        y = y.to(self.device, non_blocking=True) if cfg.num_classes else None
+        torch.manual_seed(configs.seed_from(cfg.seed, step, k))
+        t, weight = self.draw_noise_levels(len(x))
+        augmented = None
+        if cfg.augment:
+            x, augmented = data.augment(x, cfg.augment)
+        times = []  # what the process tells the network of t
+
+        def network(x, time):
+            times.append(time)
+            return self.model(x, time, y, augmented)
+
+        with configs.autocast(cfg.precision, self.device):
+            losses = self.process.loss(network, x, t)  # each (b,)
+        if k == self.mine[-1]:
+            self.averager.start()
+        loss = (weight * losses["loss"]).sum() / cfg.batch_size
+        self.scaler.scale(loss).backward()
+        columns = {"t": t, "weight": weight}
+        columns |= {name: value.detach() for name, value in losses.items()}
+        if watch:
+            with torch.no_grad():
+                c = self.model.condition(times[0], y, augmented)  # (b, D)
+            columns["condition"] = c.norm(dim=1)
+        return columns
+
+    def draw_noise_levels(self, b):
+        """For a micro-batch of b images: their noise levels, and the weights of their losses."""
         if self.timesteps:
             return self.timesteps.sample(b, self.device)
         return self.process.draw(b, self.device), torch.ones(b, device=self.device)
 
+    def gradient_norms(self):
+        """(1 + parts,): the norm of the gradient, then that of each part of the network."""
+        norms = torch.stack(torch._foreach_norm([p.grad for p in self.parameters]))
+        squares = torch.zeros(len(self.part_names), device=self.device)
+        parts = squares.index_add_(0, self.part_of, norms**2).sqrt()
+        return torch.cat([norms.norm()[None], parts])
 
-def groups(model):
-    """The parts whose gradients are watched apart (an embedding, a block, the head): their names, and the number of
-    its part for each parameter."""
+
+def gather_columns(micro_batches):
+    """The columns of this process's micro-batches -> those of all processes, in their order."""
+    names = list(micro_batches[0])
+    columns = [torch.cat([columns[name].float() for columns in micro_batches]) for name in names]
+    return dict(zip(names, configs.all_gather(torch.stack(columns))))
+
+
+def parts_of(model):
+    """The parts whose gradients are watched (an embedding, a block, the head): their names, and for
+    each parameter the number of its part."""
+
     def part(name):
         first, *rest = name.split(".")
-        return ".".join([first, *itertools.takewhile(lambda word: word.isdigit() or word == "stages", rest)])
-    of = [part(name) for name, _ in model.named_parameters()]
-    names = list(dict.fromkeys(of))
-    return names, torch.tensor([names.index(name) for name in of])
+        number = itertools.takewhile(lambda word: word.isdigit() or word == "stages", rest)
+        return ".".join([first, *number])
+
+    parts = [part(name) for name, _ in model.named_parameters()]
+    numbers = {name: k for k, name in enumerate(dict.fromkeys(parts))}
+    return list(numbers), torch.tensor([numbers[name] for name in parts])
 
 
-# ---------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Checkpoints
 
-def save_checkpoint(path, cfg, step, trainer, progress, stays=None):
-    """All that a run needs to go on, and `sample.py` to sample: tensors and plain values only. Written under another
-    name, flushed to disk, then renamed: whatever happens, `path` holds one whole checkpoint, the new or the old; and
-    the one before stays as previous.pt. stays: another name for it; of the numbered ones, the newest
-    cfg.keep are kept."""
-    state = {"format": sample.FORMAT, "config": dataclasses.asdict(cfg), "step": step, "progress": progress.state(),
-             **{name: part.state_dict() for name, part in trainer.parts().items()}}
+
+def save_checkpoint(
+    path: Path, cfg: Config, step: int, trainer: Trainer, progress: "Progress", stays: Path = None
+) -> None:
+    """Everything that a run needs to resume, and sample.py to sample: tensors and plain values.
+
+    Written under another name, flushed to disk, then renamed: whatever happens, `path` holds one
+    whole checkpoint, the new or the old one, and the one before stays as previous.pt. stays: a
+    second name for it; of the numbered ones, the newest cfg.keep are kept. OSError if the disk is
+    full."""
+    state = {
+        "format": data.FORMAT,
+        "config": dataclasses.asdict(cfg),
+        "dataset": progress.fingerprint,
+        "step": step,
+        "progress": progress.state(),
+    }
+    state |= {name: part.state_dict() for name, part in trainer.state().items()}
     try:
-        with data.written_whole(path) as temporary, open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-            if stays:                                                      # before path says that this step is done
-                link(temporary, stays)
+        with configs.atomic_write(path) as temporary:
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if stays:  # before path says that this step is done
+                hardlink_or_copy(temporary, stays)
             if path.exists():
-                link(path, path.with_name("previous.pt"))
-        if stays:
-            for old in numbered(path.parent)[:-cfg.keep] if cfg.keep else []:
-                old.unlink()
-    except (OSError, RuntimeError) as error:                               # torch.save's answer to a full disk
-        raise OSError(f"{path} could not be written ({data.reason(error)}); what was there before is whole") from None
+                hardlink_or_copy(path, path.with_name("previous.pt"))
+    except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError on a full disk
+        why = configs.first_line(error)
+        raise OSError(f"{path} could not be written ({why}); what was there is whole") from None
+    if stays and cfg.keep:
+        for old in numbered(path.parent)[: -cfg.keep]:
+            old.unlink()
 
 
-def load_checkpoint(path, cfg, trainer, progress):
-    """Put a run of the same Config back where save_checkpoint left it -> the step to go on with. ValueError if the
-    file is not ours, or belongs to a run that differs in more than what MAY_CHANGE."""
-    state = sample.read_checkpoint(path)
-    refuse_another_run(state["config"], cfg, path)
-    for name, part in trainer.parts().items():
-        if isinstance(part, torch.nn.Module):
+def load_checkpoint(path: Path, cfg: Config, trainer: Trainer, progress: "Progress") -> int:
+    """Put a run of the same Config back where save_checkpoint left it -> the step to resume with.
+    UserError if the file is not ours, or belongs to a run that differs in more than MAY_CHANGE."""
+    state = data.read_checkpoint(path)
+    refuse_another_run(state["config"], state.get("dataset"), cfg, progress.fingerprint, path)
+    for name, part in trainer.state().items():
+        if isinstance(part, nn.Module):
             data.load_weights(part, state[name], path)
-        elif state[name]:                                                  # {}: the part was not in use
+        elif state[name]:  # {}: the part was not in use
             part.load_state_dict(state[name])
-    progress.load(state["progress"])
+    progress.load(state["progress"], state["step"])
     return state["step"]
 
 
-def newest(out):
-    """The newest whole checkpoint in the folder, or None. One that it must pass over is named, and gives way to the one
-    that it finds. ValueError if all are damaged."""
-    files = [out / "last.pt", out / "previous.pt", *reversed(numbered(out))]
-    files, errors = [file for file in files if file.exists()], []
-    for file in files:
+def latest_checkpoint(out):
+    """The newest whole checkpoint in the folder, or None. A damaged one is named, and passed over.
+    UserError if all are damaged."""
+    last = out / "last.pt"
+    files = [last, out / "previous.pt", *reversed(numbered(out))]
+    errors = []
+    for file in filter(Path.exists, files):
         try:
-            sample.read_checkpoint(file)
-        except ValueError as error:
+            data.read_checkpoint(file)
+        except UserError as error:
             errors.append(str(error))
-        else:
-            for error in errors:
-                say(f"{error}; going on from {file}")
-            if file != out / "last.pt":
-                link(file, out / "last.pt")                                # lest the damaged one become previous.pt
-            return file
+            continue
+        for error in errors:
+            say(f"{error}; resuming from {file}")
+        if file != last:
+            hardlink_or_copy(file, last)  # lest the damaged one become previous.pt
+        return file
     if errors:
-        raise ValueError("; ".join(errors) + "; give another --out, or --overwrite to start anew there")
+        raise UserError(f"{'; '.join(errors)}; give another --out, or --overwrite to start again")
+    return None
 
 
 def numbered(out):
     """The checkpoints <kimg>.pt in the folder, the newest last."""
-    return sorted((file for file in out.glob("*.pt") if file.stem.isdigit()), key=lambda file: int(file.stem))
+    files = (file for file in out.glob("*.pt") if file.stem.isdigit())
+    return sorted(files, key=lambda file: int(file.stem))
 
 
-def link(source, dest):
-    """A second name for a file, in the place of what dest was; a copy where the file system has no links."""
-    with data.written_whole(dest) as temporary:
+def hardlink_or_copy(source, dest):
+    """A second name for a file, in place of what dest was; a copy where there are no links."""
+    with configs.atomic_write(dest) as temporary:
         temporary.unlink(missing_ok=True)
         try:
             os.link(source, temporary)
@@ -330,153 +390,258 @@ def link(source, dest):
             shutil.copyfile(source, temporary)
 
 
-# A run may change its length, its machine, how it is watched and how its samples are made; nothing else.
-MAY_CHANGE = {"kimg", "micro_batch", "compile", "checkpoint_blocks", "workers", "tick_kimg", "sample_kimg", "save_kimg",
-              "keep", "score_every", "score_n", "score_ref", "inception", *sample.SAMPLING}
+# -------------------------------------------------------------------------------------------------
+# The output folder
+
+# A run may change its length, its machine, where its data lie, how it is watched and how its
+# samples are generated; nothing else. (That the data are the same, their fingerprint tells.)
+MAY_CHANGE = {
+    *("kimg", "data", "micro_batch", "compile", "grad_checkpointing", "workers"),
+    *("tick_kimg", "sample_kimg", "save_kimg", "keep"),
+    *("score_every", "score_n", "score_ref", "inception"),
+    *configs.SAMPLING,
+}
 
 
-def refuse_another_run(theirs, cfg, path):
-    ours = json.loads(json.dumps(dataclasses.asdict(cfg)))                 # tuples become lists, as in config.json
+def refuse_another_run(theirs, their_data, cfg, our_data, path):
+    """UserError if a run's config (a dict) or the fingerprint of its data differ from ours."""
+    theirs = {configs.RENAMED.get(name, name): value for name, value in theirs.items()}
     theirs = json.loads(json.dumps(theirs))
-    differ = [name for name in ours if name not in MAY_CHANGE and ours[name] != theirs.get(name)]
+    ours = json.loads(json.dumps(dataclasses.asdict(cfg)))  # tuples become lists, as in config.json
+    differ = [
+        f"{name} is {theirs.get(name)!r} there and {ours[name]!r} here"
+        for name in ours
+        if name not in MAY_CHANGE and ours[name] != theirs.get(name)
+    ]
+    # Runs of earlier versions have no fingerprint; their data must be where they were.
+    same_data = their_data == our_data if their_data else theirs["data"] == cfg.data
+    if not same_data:
+        differ.append(f"{cfg.data} does not hold the same data as {theirs['data']} did")
     if differ:
-        raise ValueError(f"{path} belongs to another run: "
-                         + ", ".join(f"{n} is {theirs.get(n)!r} there and {ours[n]!r} here" for n in differ)
-                         + "; give another --out, or --overwrite to start anew there")
+        raise UserError(
+            f"{path} belongs to another run: {', '.join(differ)}; give another --out, or "
+            f"--overwrite to start again there"
+        )
 
 
-def open_folder(out, cfg, overwrite):
-    """Make the output folder, or accept the one that this run began. ValueError if it holds anything else."""
-    config = out / "config.json"
+# What train.py writes into its folder, config.json last: it marks the folder as ours.
+OUTPUTS = ["log.jsonl", "loss.png", "samples-*.png", "last.pt", "previous.pt", "best.pt"]
+OUTPUTS += ["config.json"]
+
+
+def open_folder(out, cfg, dataset, overwrite):
+    """Make the output folder, or accept the one that this run began. UserError if it holds anything
+    else."""
+    note = out / "config.json"
+    fingerprint = dataset.fingerprint()
     if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; give a folder")
-    if config.exists() and overwrite:
-        for file in numbered(out) + [file for pattern in ("log.jsonl", "loss.png", "samples-*.png", "last.pt",
-                                                          "previous.pt", "best*.pt", "config.json")
-                                          for file in out.glob(pattern)]:
-            file.unlink()                                                  # config.json last: it marks the folder
-    elif config.exists():
-        try:
-            refuse_another_run(json.loads(config.read_text()), cfg, out)
-        except json.JSONDecodeError:
-            raise ValueError(f"{config} is damaged; give another --out, or --overwrite to start anew there") from None
-    elif out.exists() and any(out.iterdir()):
-        raise ValueError(f"--out {out} holds files that are no run of train.py; give a new or an empty folder")
+        raise UserError(f"--out {out} is a file; give a folder")
+    theirs = read_config(note)
+    if theirs is None and out.exists() and any(out.iterdir()):
+        raise UserError(
+            f"--out {out} holds files of something else, or its config.json is damaged; give a new "
+            f"or an empty folder"
+        )
+    if theirs and overwrite:
+        for file in numbered(out):
+            file.unlink()
+        for pattern in OUTPUTS:
+            for file in out.glob(pattern):
+                file.unlink()
+    elif theirs:
+        refuse_another_run(theirs, theirs.pop("dataset", None), cfg, fingerprint, out)
     out.mkdir(parents=True, exist_ok=True)
-    write_text(config, json.dumps(dataclasses.asdict(cfg), indent=1))
+    values = {**dataclasses.asdict(cfg), "dataset": fingerprint}
+    write_text(note, json.dumps(values, indent=1))
+
+
+def read_config(path):
+    """The config.json that open_folder wrote, as a dict; None if there is none, or it is damaged or
+    of another program."""
+    try:
+        config = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):  # ValueError: not JSON, or not text
+        return None
+    ours = isinstance(config, dict) and {"data", "model", "kimg"} <= config.keys()
+    return config if ours else None
 
 
 def write_text(path, text):
-    with data.written_whole(path) as temporary:
+    with configs.atomic_write(path) as temporary:
         temporary.write_text(text)
 
 
-# ---------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # What one sees: a line, a log, curves
 
+
 class Progress:
-    """Means over each tick, shown as one live line on a terminal, elsewhere as a line per tick, and kept in log.jsonl.
-    What a tick has seen so far stays on the device, and goes into the checkpoint: a resumed run logs what an unbroken
-    one would. Every process has the same; rank 0 writes."""
+    """Means over each tick, shown as one live line on a terminal, elsewhere as a line per tick, and
+    kept in log.jsonl. The columns of a tick so far stay on the device and go into the checkpoint,
+    so a resumed run logs what an unbroken one would. All processes have the same; rank 0 writes."""
 
     def __init__(self, cfg, out, device, dataset):
-        self.cfg, self.out, self.device = cfg, out, device
-        self.writes = sample.rank_and_size()[0] == 0
+        self.cfg = cfg
+        self.device = device
+        self.writes = rank_and_size()[0] == 0
         self.live = self.writes and sys.stderr.isatty()
-        self.total = math.ceil(round(cfg.kimg * 1000 / cfg.batch_size, 6)) # steps of the whole run
-        self.log, self.seen, self.norms, self.skipped = [], [], [], 0
-        self.unreadable = data.Unreadable(dataset, self.writes)
+        self.path = out / "log.jsonl"
+        self.fingerprint = dataset.fingerprint()
+        self.unreadable = data.UnreadableImages(dataset, verbose=self.writes)
+        self.total = total_steps(cfg)
+        self.log = []  # the entries of log.jsonl
+        self.columns = []  # of each step of this tick, as Trainer.step returns them
+        self.norms = []
+        self.skipped = 0  # steps with non-finite gradients
+        self.skipped_in_a_row = 0
 
     def state(self):
-        return {"log": self.log, "seen": self.seen, "norms": self.norms, "skipped": self.skipped,
-                "unreadable": self.unreadable.found}
+        return {
+            "columns": self.columns,
+            "norms": self.norms,
+            "skipped": self.skipped,
+            "unreadable": self.unreadable.found,
+        }
 
-    def load(self, state):
-        self.log, self.skipped, self.unreadable.found = state["log"], state["skipped"], state["unreadable"]
-        self.seen = [{name: column.to(self.device) for name, column in seen.items()} for seen in state["seen"]]
+    def load(self, state, step):
+        """The state of a checkpoint, and the log as it was at its step."""
+        columns = state["columns"] if "columns" in state else state["seen"]  # its earlier name
+        self.columns = [{n: c.to(self.device) for n, c in step.items()} for step in columns]
         self.norms = [norms.to(self.device) for norms in state["norms"]]
+        self.skipped = state["skipped"]
+        self.unreadable.found = state["unreadable"]
+        self.log = on_rank_0(lambda: read_log(self.path, step))
 
-    def begin(self, step):
-        """Start the clocks at this step; the log is what it was then."""
+    def start(self, step):
+        """Start the clocks at this step; log.jsonl holds what came before it."""
         if self.writes:
-            write_text(self.out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log))
-        self.first, self.began, self.shown = step, time.time(), 0
-        self.timed, self.busy, self.waited = 0, 0.0, 0.0
+            write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in self.log))
+        self.first_step = step
+        self.started = time.time()
+        self.shown = 0.0
+        self.reset_clocks()
 
-    def time(self, seconds, waited):
-        """One step took so many seconds, of which it waited for data."""
-        self.timed, self.busy, self.waited = self.timed + 1, self.busy + seconds, self.waited + waited
+    def reset_clocks(self):
+        self.timed_steps = 0
+        self.step_seconds = 0.0
+        self.wait_seconds = 0.0
 
-    def add(self, seen, norms):
-        """What Trainer.step has seen."""
-        self.seen.append(seen)
-        self.norms.append(norms)
+    def add(self, columns, norms, unreadable, seconds, waited):
+        """One step: its result, the images that could not be read, and the seconds it took, of
+        which it waited for data."""
+        self.timed_steps += 1
+        self.step_seconds += seconds
+        self.wait_seconds += waited
+        self.unreadable.add(unreadable)
+        if norms is None:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+        else:
+            self.columns.append(columns)
+            self.norms.append(norms)
+            self.skipped_in_a_row = 0
 
-    def means(self, trainer):
-        """Of the tick so far: the losses, in all and by quarters of the noise, and the gradient's norms."""
-        if not self.seen:
-            return {}
-        seen = {name: torch.cat([seen[name] for seen in self.seen]) for name in self.seen[0] if name != "condition"}
-        weight, norms = seen["weight"], torch.stack(self.norms).mean(0).tolist()
-        quarter = torch.nn.functional.one_hot(trainer.process.quarter(seen["t"]).long(), 4).float()
-        means = {name: float((weight * seen[name]).mean()) for name in ("loss", "mse", "vlb") if name in seen}
-        quarters = (weight * seen["loss"]) @ quarter / (weight @ quarter).clamp(min=1e-9)
-        return means | {"loss_quarters": quarters.tolist(), "grad_norm": norms[0],
-                        "grad_norm_parts": dict(zip(trainer.group_names, norms[1:]))}
+    def show(self, trainer, done):
+        """After each step: refresh the live line, if it is time."""
+        if self.live and time.time() - self.shown > 0.5:
+            self.shown = time.time()
+            configs.live_line(self.line(self.entry(trainer, done)))
 
-    def show(self, step, lr, tick, trainer, seen):
-        """Called after each step; at a tick, write the log."""
-        if not tick and not (self.live and time.time() - self.shown > 0.5):
-            return
-        self.shown = time.time()
-        means = self.means(trainer)
-        busy = max(self.busy, 1e-9)
-        entry = {"step": step, "kimg": step * self.cfg.batch_size / 1000, **means, "lr": lr, "skipped": self.skipped,
-                 "unreadable": len(self.unreadable.found), "data_wait": round(self.waited / busy, 4),
-                 "images_per_s": round(self.timed * self.cfg.batch_size / busy, 1),
-                 "memory_gb": round(sample.memory(self.device), 3)}
-        left = (self.total - step) * (self.shown - self.began) / max(step - self.first, 1)
-        text = (f"kimg {entry['kimg']:.1f}  loss {means.get('loss', math.nan):.4f}  lr {lr:.2e}  "
-                f"grad {means.get('grad_norm', math.nan):.3f}  {entry['images_per_s']:.0f} images/s  "
-                f"{entry['memory_gb']:.2f} GB  {clock(left)} left"
-                + (f"  {self.skipped} not finite" if self.skipped else ""))
+    def tick(self, trainer, done, condition):
+        """At the end of a tick: a line, an entry in the log, and a fresh tick. condition (batch,):
+        norms of the condition vectors."""
+        entry = self.entry(trainer, done)
+        entry["condition_norm"] = {
+            "mean": condition.mean().item(),
+            "std": condition.std(correction=0).item(),
+            "max": condition.max().item(),
+        }
+        self.write(entry)
         if self.writes:
-            print(f"\r{text:<100}" if self.live else text, end="" if self.live else "\n", file=sys.stderr, flush=True)
-        if tick:
-            c = seen["condition"]
-            entry["condition_norm"] = {"mean": c.mean().item(), "std": c.std(correction=0).item(),
-                                       "max": c.max().item()}
-            self.note(entry)
-            self.seen, self.norms, self.timed, self.busy, self.waited = [], [], 0, 0.0, 0.0
+            show = configs.live_line if self.live else say
+            show(self.line(entry))
+        self.columns = []
+        self.norms = []
+        self.reset_clocks()
 
-    def note(self, entry):
-        """Into the log."""
+    def write(self, entry):
+        """An entry into the log."""
         self.log.append(entry)
         if self.writes:
-            with open(self.out / "log.jsonl", "a") as file:
+            with open(self.path, "a") as file:
                 file.write(json.dumps(entry) + "\n")
 
-    def scored(self, step, scores, kind, provenance):
-        """Show and log the scores after so many steps -> is this FID the lowest of its kind, of those that compare?"""
-        before = [entry["fid"] for entry in self.log if entry.get("kind") == kind]
-        best, name = self.out / "best.pt", f"best-before-{step * self.cfg.batch_size // 1000:06}.pt"
-        if self.writes and not before and best.exists():                   # by another measure: not to be compared
-            link(best, best.with_name(name))
-            say(f"{best} was best by other scores; it stays as {name}")
-        kimg = step * self.cfg.batch_size / 1000
-        self.note({"step": step, "kimg": kimg, **scores, "kind": kind, "provenance": provenance})
-        if self.writes:
-            say(f"kimg {kimg:.1f}  {sample.in_words(scores)}\n  {provenance}")
-        return scores["fid"] < min(before, default=math.inf)
+    def entry(self, trainer, done):
+        """The means of the tick so far, after so many steps of the run."""
+        cfg = self.cfg
+        seconds = max(self.step_seconds, 1e-9)
+        return {
+            "step": done,
+            "kimg": done * cfg.batch_size / 1000,
+            **self.means(trainer.part_names),
+            "lr": learning_rate(cfg, (done - 1) * cfg.batch_size),
+            "skipped": self.skipped,
+            "unreadable": len(self.unreadable.found),
+            "data_wait": round(self.wait_seconds / seconds, 4),
+            "images_per_s": round(self.timed_steps * cfg.batch_size / seconds, 1),
+            "memory_gb": round(configs.peak_memory(self.device), 3),
+        }
+
+    def means(self, part_names):
+        """Of the tick so far: the losses, overall and by quartile of the noise, and the norms of
+        the gradient."""
+        if not self.columns:
+            return {}
+        names = [name for name in self.columns[0] if name != "condition"]
+        columns = {name: torch.cat([step[name] for step in self.columns]) for name in names}
+        weight = columns["weight"]
+        means = {
+            name: (weight * columns[name]).mean().item()
+            for name in ("loss", "mse", "vlb")
+            if name in columns
+        }
+        order = columns["t"].argsort(stable=True)  # from the least noise to the most
+        means["loss_quartiles"] = [
+            ((weight * columns["loss"])[part].sum() / weight[part].sum()).item()
+            for part in order.tensor_split(4)
+        ]
+        norm, *parts = torch.stack(self.norms).mean(0).tolist()
+        return means | {"grad_norm": norm, "grad_norm_parts": dict(zip(part_names, parts))}
+
+    def line(self, entry):
+        done = entry["step"]
+        left = (self.total - done) * (time.time() - self.started) / max(done - self.first_step, 1)
+        left = round(left)
+        parts = [
+            f"kimg {entry['kimg']:.1f}",
+            f"loss {entry.get('loss', math.nan):.4f}",
+            f"lr {entry['lr']:.2e}",
+            f"grad {entry.get('grad_norm', math.nan):.3f}",
+            f"{entry['images_per_s']:.0f} images/s",
+            f"{entry['memory_gb']:.2f} GB",
+            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left",
+        ]
+        if self.skipped:
+            parts.append(f"{self.skipped} non-finite")
+        return "  ".join(parts)
 
 
-def clock(seconds):
-    return f"{round(seconds) // 3600}:{round(seconds) // 60 % 60:02}:{round(seconds) % 60:02}"
+def read_log(path, step):
+    """The entries of log.jsonl up to this step. (After a crash the last line may be cut short.)"""
+    entries = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return [entry for entry in entries if entry["step"] <= step]
 
 
 def draw_curves(log, path):
-    """loss.png: what the log holds over thousands of images, on logarithmic scales; in a third row, the scores."""
-    def line(name, *keys, of=lambda value: value):
+    """loss.png: what the log holds over thousands of images, on logarithmic scales; with scores, a
+    third row."""
+
+    def curve(name, *keys, of=lambda value: value):
         """(name, points) of what the entries hold under these keys, or of a function of it."""
         points = []
         for entry in log:
@@ -486,42 +651,50 @@ def draw_curves(log, path):
                     points.append((entry["kimg"], math.log10(value)))
         return name, points
 
-    panels = [                                                             # names from right to left
-        ("loss, and its parts", [line(name, name) for name in ("mse", "vlb", "loss")]),
-        ("loss by quarter of the noise, 1 the cleanest", [line(str(k + 1), "loss_quarters", k) for k in range(4)]),
-        ("gradient norm: all, and the largest part", [
-            line("all", "grad_norm"), line("part", "grad_norm_parts", of=lambda parts: max(parts.values()))]),
-        ("norm of the condition vector", [line(name, "condition_norm", name) for name in ("mean", "max", "std")]),
-        ("scores of samples", [line(name, name.lower()) for name in ("IS", "sFID", "FID")]),
-        ("precision and recall of samples", [line(name, name) for name in ("recall", "precision")])]
-    panels = [(title, [(name, points) for name, points in lines if points]) for title, lines in panels]
+    quartiles = [curve(str(k + 1), "loss_quartiles", k) for k in range(4)]
+    largest_part = curve("part", "grad_norm_parts", of=lambda parts: max(parts.values()))
+    condition = [curve(name, "condition_norm", name) for name in ("mean", "max", "std")]
+    panels = {  # title -> curves, named from right to left
+        "loss, and its parts": [curve(name, name) for name in ("mse", "vlb", "loss")],
+        "loss by quartile of the noise, 1 the cleanest": quartiles,
+        "gradient norm: all, and the largest part": [curve("all", "grad_norm"), largest_part],
+        "norm of the condition vector": condition,
+        "scores of samples": [curve(name, name.lower()) for name in ("IS", "sFID", "FID")],
+        "precision and recall": [curve(name, name) for name in ("recall", "precision")],
+    }
     scored = any("fid" in entry for entry in log)
     image = Image.new("RGB", (1200, 1200 if scored else 800), "white")
-    for k, (title, lines) in enumerate(panels):
-        if lines:
-            draw_panel(ImageDraw.Draw(image), 600 * (k % 2), 400 * (k // 2), title, lines)
+    for k, (title, curves) in enumerate(panels.items()):
+        curves = [(name, points) for name, points in curves if points]
+        if curves:
+            corner = 600 * (k % 2), 400 * (k // 2)
+            draw_panel(ImageDraw.Draw(image), corner, title, curves)
     data.save_image(image, path)
 
 
-def draw_panel(pen, x0, y0, title, lines, width=600, height=400):
-    """Lines [(name, [(kimg, log10 value)])] in a box whose corner is (x0, y0)."""
-    left, right, top, bottom = x0 + 60, x0 + width - 20, y0 + 30, y0 + height - 40
-    values = [value for _, points in lines for _, value in points]
-    end, low, high = max(points[-1][0] for _, points in lines), min(values) - 0.02, max(values) + 0.02
+def draw_panel(pen, corner, title, curves, width=600, height=400):
+    """Curves [(name, [(kimg, log10 value)])] in a box with this upper left corner."""
+    x0, y0 = corner
+    left, right = x0 + 60, x0 + width - 20
+    top, bottom = y0 + 30, y0 + height - 40
+    values = [value for _, points in curves for _, value in points]
+    end = max(points[-1][0] for _, points in curves)
+    low, high = min(values) - 0.02, max(values) + 0.02
 
     def at(x, y):
         return left + x / end * (right - left), top + (high - y) / (high - low) * (bottom - top)
 
     for k in range(5):
-        x, y = end * k / 4, low + (high - low) * k / 4
+        x = end * k / 4
+        y = low + (high - low) * k / 4
         pen.line([at(x, low), at(x, high)], fill="#e4e4e4")
         pen.line([at(0, y), at(end, y)], fill="#e4e4e4")
         pen.text((at(x, low)[0], bottom + 6), f"{x:.3g}", fill="black", anchor="ma")
-        pen.text((left - 6, at(0, y)[1]), f"{10 ** y:.3g}", fill="black", anchor="rm")
-    for k, (name, points) in enumerate(lines):
+        pen.text((left - 6, at(0, y)[1]), f"{10**y:.3g}", fill="black", anchor="rm")
+    for k, (name, points) in enumerate(curves):
         colour = ("#999999", "#dd8833", "#2255cc", "#228833")[k]
         pen.line([at(x, y) for x, y in points], fill=colour, width=2)
-        if len(points) < 20:                                               # a line of one point would show nothing
+        if len(points) < 20:  # a line of one point would show nothing
             for x, y in points:
                 pen.circle(at(x, y), 3, fill=colour)
         pen.text((right - 60 * k, y0 + 10), name, fill=colour, anchor="ra")
@@ -529,268 +702,378 @@ def draw_panel(pen, x0, y0, title, lines, width=600, height=400):
     pen.text(((left + right) / 2, bottom + 22), "thousands of images", fill="black", anchor="ma")
 
 
-# ---------------------------------------------------------------------------------------------
-# The loop
-
-class Stop:
-    """SIGINT and SIGTERM ask the loop to end after the step at hand; another one, more than three seconds later, ends
-    it at once. torchrun waits 30 seconds for the step and the save, or what TORCH_ELASTIC_SHUTDOWN_TIMEOUT says."""
-
-    def __init__(self):
-        self.signal, self.when = 0, math.inf
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
-
-    def ask(self, number, frame):
-        if time.time() - self.when > 3:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self.signal, self.when = number, min(self.when, time.time())
-
-
-class Feed:
-    """The loader's batches, with the seconds that were spent waiting for them and what could not be read."""
-
-    def __init__(self, loader):
-        self.batches, self.waited, self.failed = iter(loader), 0.0, []
-
-    def __next__(self):
-        asked = time.time()
-        batch = next(self.batches)
-        self.waited, self.failed = self.waited + time.time() - asked, self.failed + batch[2]
-        return batch
-
-
-def agree(stop, failed, device):
-    """-> the signal that any process was sent (or 0), and the images that any could not read; the same in all."""
-    if sample.rank_and_size()[1] == 1:
-        return stop.signal, failed
-    said = sample.from_all(torch.tensor([[stop.signal], [len(failed)]], device=device))
-    failed = sum(sample.objects_from_all(failed), []) if said[1].any() else []
-    return int(said[0].max()), failed
+# -------------------------------------------------------------------------------------------------
+# Signals, data, and what processes tell one another in each step
 
 
 class Stopped(Exception):
-    """By a signal, its number."""
+    """The run was stopped by a signal and saved."""
+
+    def __init__(self, number):
+        super().__init__(number)
+        self.signal = number
 
 
-def score(model, cfg, scorer, vae, stop, device, batch):
-    """The scores of cfg.score_n samples, the same ones each time, in all processes, which divide them. Raises Stopped
-    in all if any of them was sent a signal."""
-    rank, size = sample.rank_and_size()
+class StopSignal:
+    """While it is entered, SIGINT and SIGTERM ask the loop to end after the step at hand; another
+    one, more than three seconds later, ends it at once. (torchrun waits 30 seconds for the step and
+    the save, or what TORCH_ELASTIC_SHUTDOWN_TIMEOUT says.) Outside a main thread it does nothing.
+    """
 
-    def share():
-        for first in range(0, cfg.score_n, size * batch):                  # as often in each process: agree() waits
-            signalled, _ = agree(stop, [], device)
+    def __init__(self):
+        self.number = 0
+        self.first = math.inf  # when the first one came
+        self.before = {}  # the handlers to restore
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                # None: a handler that was not set from Python, and cannot be restored
+                self.before[number] = signal.signal(number, self.ask) or signal.SIG_DFL
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, number, frame):
+        if time.time() - self.first > 3:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.number = number
+        self.first = min(self.first, time.time())
+
+
+class TimedLoader:
+    """The loader's batches; between two calls of `collect` it adds up the seconds spent waiting for
+    them, and the images that could not be read."""
+
+    def __init__(self, loader):
+        self.batches = iter(loader)
+        self.waited = 0.0
+        self.unreadable = []
+
+    def __next__(self):
+        start = time.time()
+        batch = next(self.batches)
+        self.waited += time.time() - start
+        self.unreadable += batch[2]
+        return batch
+
+    def collect(self):
+        """-> seconds waited, unreadable images; both begin again."""
+        collected = self.waited, self.unreadable
+        self.waited = 0.0
+        self.unreadable = []
+        return collected
+
+
+def open_loader(dataset, cfg, trainer, first_step):
+    """The micro-batches of this process, from a step on."""
+    places = (
+        range(
+            step * cfg.batch_size + k * trainer.micro,
+            step * cfg.batch_size + (k + 1) * trainer.micro,
+        )
+        for step in range(first_step, total_steps(cfg))
+        for k in trainer.mine
+    )
+    stream = data.ShuffledStream(dataset, cfg.seed, cfg.xflip)
+    pin_memory = trainer.device.type == "cuda"
+    return TimedLoader(data.loader(stream, places, cfg.workers, pin_memory))
+
+
+def sync_status(stop, unreadable, device):
+    """-> the signal that any process received (or 0), and the images that any could not read; the
+    same in all processes."""
+    if rank_and_size()[1] == 1:
+        return stop.number, unreadable
+    status = torch.tensor([[stop.number], [len(unreadable)]], device=device)
+    numbers, counts = configs.all_gather(status)
+    if counts.any():
+        unreadable = sum(configs.all_gather_object(unreadable), [])
+    return int(numbers.max()), unreadable
+
+
+# -------------------------------------------------------------------------------------------------
+# The loop
+
+
+def total_steps(cfg):
+    return math.ceil(round(cfg.kimg * 1000 / cfg.batch_size, 6))
+
+
+def reached(cfg, kimg, done):
+    """Did the last of `done` steps reach another multiple of kimg, or the end of the run?"""
+    before = (done - 1) * cfg.batch_size // (1000 * kimg)
+    now = done * cfg.batch_size // (1000 * kimg)
+    return now > before or done == total_steps(cfg)
+
+
+def resume(out, cfg, trainer, progress):
+    """Put the run back to its latest checkpoint, if there is one -> the step to begin with."""
+    file = on_rank_0(lambda: latest_checkpoint(out))
+    if not file:
+        return 0
+    step = load_checkpoint(file, cfg, trainer, progress)
+    if progress.writes:
+        say(f"resumed from {file} at {step * cfg.batch_size / 1000:g} kimg")
+    return step
+
+
+def train(
+    cfg: Config, dataset, out, weights=None, device=None, vae=None, scorer=None
+) -> int | None:
+    """Train cfg on dataset in the folder out, from the start or from its latest checkpoint -> None
+    when complete, or the number of the signal that stopped it.
+
+    weights: a state_dict to begin with. vae: decodes the sample grids of a latent network, which
+    has none without. scorer: a sample.Scorer, for cfg.score_every; best.pt is the checkpoint of the
+    lowest FID. UserError past 1 % unreadable images, or after 10 steps in a row with non-finite
+    gradients."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    device = device or configs.default_device()
+    trainer = Trainer(cfg, device, weights)
+    progress = Progress(cfg, out, device, dataset)
+    start = resume(out, cfg, trainer, progress)
+    scores = SampleScores(cfg, out, trainer, progress, vae, scorer)
+    total = total_steps(cfg)
+    if start >= total and not scores.due(start):
+        return None
+    loader = open_loader(dataset, cfg, trainer, start)
+    progress.start(start)
+
+    try:
+        with StopSignal() as stop:
+            if scores.due(start):  # the run was stopped before, or in the middle of them
+                scores.compute(start, stop)
+            for step in range(start, total):
+                done = step + 1
+                ticks = reached(cfg, cfg.tick_kimg, done)
+                samples = reached(cfg, cfg.sample_kimg, done)
+                stays = reached(cfg, cfg.save_kimg, done)
+
+                began = time.time()
+                columns, norms = trainer.step(step, loader, watch=ticks)
+                seconds = time.time() - began
+                waited, unreadable = loader.collect()
+                signalled, unreadable = sync_status(stop, unreadable, device)
+                progress.add(columns, norms, unreadable, seconds, waited)
+                refuse_divergence(cfg, out, progress, step)
+
+                if ticks:
+                    progress.tick(trainer, done, columns["condition"])
+                else:
+                    progress.show(trainer, done)
+                if samples:  # before the checkpoint: a run killed here makes them again
+                    save_pictures(cfg, out, trainer, progress, vae, done)
+                if samples or stays or signalled or scores.due(done):
+                    save_run(cfg, out, trainer, progress, done, stays)
+                if scores.due(done) and not signalled:
+                    scores.compute(done, stop)
+                if signalled and (done < total or scores.due(done)):
+                    raise Stopped(signalled)
+    except Stopped as stopped:
+        return stopped.signal
+
+
+def refuse_divergence(cfg, out, progress, step):
+    """UserError after 10 steps in a row without finite gradients."""
+    if progress.skipped_in_a_row < 10:
+        return
+    last = out / "last.pt"
+    raise UserError(
+        f"non-finite gradients in 10 steps in a row, up to step {step} "
+        f"({step * cfg.batch_size / 1000:g} kimg); the last good checkpoint is "
+        f"{last if last.exists() else 'yet to be written'}; lower --lr"
+    )
+
+
+def name_by_kimg(cfg, done):
+    return f"{done * cfg.batch_size // 1000:06}"
+
+
+def save_pictures(cfg, out, trainer, progress, vae, done):
+    """The grid of samples, always of the same noise and classes, and the curves."""
+    if vae or cfg.in_channels == 3:
+        path = out / f"samples-{name_by_kimg(cfg, done)}.png"
+        sample.save_samples(trainer.ema.model, cfg, path, vae)
+    on_rank_0(lambda: draw_curves(progress.log, out / "loss.png"))
+
+
+def save_run(cfg, out, trainer, progress, done, stays):
+    """last.pt, and with stays a numbered checkpoint."""
+    number = out / f"{name_by_kimg(cfg, done)}.pt" if stays else None
+    last = out / "last.pt"
+    on_rank_0(lambda: save_checkpoint(last, cfg, done, trainer, progress, number))
+
+
+# -------------------------------------------------------------------------------------------------
+# Scores while training
+
+
+class SampleScores:
+    """Every cfg.score_every kimg, the scores of cfg.score_n samples of the EMA weights, always of
+    the same noise and classes. They go into the log, and the checkpoint of the lowest FID stays as
+    best.pt. Without a scorer none are due."""
+
+    def __init__(self, cfg, out, trainer, progress, vae, scorer):
+        self.cfg = cfg
+        self.out = out
+        self.trainer = trainer
+        self.progress = progress
+        self.vae = vae
+        self.scorer = scorer
+        if scorer:
+            self.vae_hash = data.weights_hash(vae) if vae else ""
+            # Only scores of one kind compare: of as many samples, made and measured alike.
+            settings = sample.provenance(cfg, "EMA weights", self.vae_hash)
+            hashes = f"{scorer.hash}; {scorer.inception_hash}"
+            self.kind = f"{cfg.score_n}; {settings}; {hashes}"
+            self.refuse_another_best()
+
+    def refuse_another_best(self):
+        """UserError if best.pt was chosen by scores that do not compare with those to come."""
+        kinds = [entry["kind"] for entry in self.progress.log if "kind" in entry]
+        best = self.out / "best.pt"
+        if kinds and kinds[-1] != self.kind and best.exists():
+            raise UserError(
+                f"{best} was the best by other scores (of another number, reference or sampler); "
+                f"move it elsewhere, or score as before"
+            )
+
+    def due(self, done):
+        """Are scores due after so many steps, and not there yet?"""
+        if not self.scorer or not done or not reached(self.cfg, self.cfg.score_every, done):
+            return False
+        return not any("fid" in entry and entry["step"] == done for entry in self.progress.log)
+
+    def compute(self, done, stop):
+        """Right after the checkpoint of this step: killed or stopped at any point, the run resumes
+        here and computes them again. Raises Stopped, in all processes, at a signal to any."""
+        configs.end_live_line()
+        cfg = self.cfg
+        model = self.trainer.ema.model
+        batches = self.samples(model, stop)
+        stats = self.scorer.measure(batches, cfg.score_n)
+        scores = on_rank_0(lambda: self.scorer.compare(stats))
+        log = self.progress.log
+        before = [entry["fid"] for entry in log if entry.get("kind") == self.kind]
+        if scores["fid"] < min(before, default=math.inf):
+            on_rank_0(lambda: hardlink_or_copy(self.out / "last.pt", self.out / "best.pt"))
+        weights = f"EMA weights ({data.weights_hash(model)})"
+        maker = sample.provenance(cfg, weights, self.vae_hash)
+        count = sample.format_count(cfg.score_n)
+        entry = {
+            "step": done,
+            "kimg": done * cfg.batch_size / 1000,
+            **scores,
+            "kind": self.kind,
+            "provenance": f"{count} by the {maker}; {self.scorer.provenance()}",
+        }
+        self.progress.write(entry)  # last: from here on they are not due again
+        on_rank_0(lambda: draw_curves(log, self.out / "loss.png"))
+        if self.progress.writes:
+            say(f"kimg {entry['kimg']:.1f}  {sample.format_scores(scores)}")
+            say(f"  {entry['provenance']}")
+
+    def samples(self, model, stop):
+        """This process's share of the samples, as sample.statistics takes it."""
+        cfg = self.cfg
+        rank, size = rank_and_size()
+        batch = min(64, self.trainer.micro)
+        for first in range(0, cfg.score_n, size * batch):  # as often in each process
+            signalled, _ = sync_status(stop, [], self.trainer.device)
             if signalled:
                 raise Stopped(signalled)
-            indices = range(cfg.score_n)[first + rank * batch:first + (rank + 1) * batch]
+            indices = range(cfg.score_n)[first + rank * batch : first + (rank + 1) * batch]
             for x, _ in sample.generate(model, cfg, indices, batch=batch):
-                yield indices, sample.pixels(x, cfg, vae)
-
-    stats = scorer.look(share(), cfg.score_n)
-    return sample.on_rank_0(lambda: scorer.compare(stats))
+                yield indices, sample.to_images(x, cfg, self.vae)
 
 
-def train(cfg, dataset, out, weights=None, device=None, vae=None, scorer=None):
-    """Train cfg on dataset in the folder out, from the start or from its newest checkpoint -> None when complete, or
-    the number of the signal that stopped it. weights: a state_dict to begin with. vae: makes the sample grids of a
-    latent network, which has none without. scorer: a sample.Scorer, for cfg.score_every; best.pt is the checkpoint of
-    the lowest FID. ValueError past 1 % unreadable images, or after 10 steps in a row without finite gradients."""
-    device, out, batch = device or sample.default_device(), Path(out), cfg.batch_size
-    trainer, progress, start, good = Trainer(cfg, device, weights), Progress(cfg, out, device, dataset), 0, None
-    file = sample.on_rank_0(lambda: newest(out))
-    if file:
-        start, good = load_checkpoint(file, cfg, trainer, progress), file
-        if progress.writes:
-            say(f"resumed from {file} at {start * batch / 1000:g} kimg")
-
-    def passed(kimg, done):
-        """Did the last of so many steps reach another multiple of so many thousand images, or the end?"""
-        return done == progress.total or done * batch // (1000 * kimg) > (done - 1) * batch // (1000 * kimg)
-
-    def due(done):
-        """Is there to be a score after so many steps, and is there none yet?"""
-        if not scorer or not done or not passed(cfg.score_every, done):
-            return False
-        return not any("fid" in entry and entry["step"] == done for entry in progress.log)
-
-    def score_if_due(done):
-        """-> the signal that came meanwhile, or 0. The checkpoint was written before, so that then nothing is lost and
-        the run resumes here; it is written again, with the scores."""
-        if not due(done):
-            return 0
-        if progress.live:
-            say("")
-        try:
-            scores = score(trainer.ema.model, cfg, scorer, vae, stop, device, min(64, trainer.micro))
-        except Stopped as stopped:
-            return stopped.args[0]
-        vae_hash = data.weights_hash(vae) if vae else ""
-        maker = sample.made_by("EMA weights", data.weights_hash(trainer.ema.model), cfg, vae_hash)
-        best = progress.scored(
-            done, scores, f"{cfg.score_n}; {sample.recipe(cfg)}; {vae_hash}; {scorer.hash}; {scorer.inception_hash}",
-            f"{sample.counted(cfg.score_n)} by the {maker}; {scorer.provenance()}")
-        sample.on_rank_0(lambda: draw_curves(progress.log, out / "loss.png"))
-        sample.on_rank_0(lambda: save_checkpoint(out / "last.pt", cfg, done, trainer, progress,
-                                                 out / "best.pt" if best else None))
-        return 0
-
-    if start > progress.total or (start == progress.total and not due(start)):
-        return None
-
-    places = (range(step * batch + k * trainer.micro, step * batch + (k + 1) * trainer.micro)
-              for step in range(start, progress.total) for k in trainer.mine)
-    feed = Feed(data.loader(data.Stream(dataset, cfg.seed, cfg.xflip), places, cfg.workers, device.type == "cuda"))
-    in_a_row, stop = 0, Stop()
-    progress.begin(start)
-
-    stopped = score_if_due(start)
-    if stopped:
-        return stopped
-    for step in range(start, progress.total):
-        began, images, done = time.time(), step * batch, step + 1
-        seen, norms = trainer.step(step, feed, watch=passed(cfg.tick_kimg, done))
-        progress.time(time.time() - began, feed.waited)
-        stopped, failed = agree(stop, feed.failed, device)
-        progress.unreadable.add(failed)
-        feed.waited, feed.failed = 0.0, []
-        if norms is not None:
-            progress.add(seen, norms)
-            in_a_row = 0
-        else:
-            progress.skipped, in_a_row = progress.skipped + 1, in_a_row + 1
-        if in_a_row == 10:
-            raise ValueError(f"the gradients of 10 steps in a row, up to step {step} ({images / 1000:g} kimg), were "
-                             f"not finite; the last good checkpoint is {good or 'yet to be written'}; lower --lr")
-        progress.show(done, learning_rate(cfg, images), passed(cfg.tick_kimg, done), trainer, seen)
-
-        name = f"{done * batch // 1000:06}"                                # in kimg
-        if passed(cfg.sample_kimg, done):                                  # first: a run killed here does it again
-            if vae or cfg.in_channels == 3:
-                sample.save_samples(trainer.ema.model, cfg, out / f"samples-{name}.png", vae)
-            sample.on_rank_0(lambda: draw_curves(progress.log, out / "loss.png"))
-        if passed(cfg.save_kimg, done) or passed(cfg.sample_kimg, done) or stopped or due(done):
-            stays = out / f"{name}.pt" if passed(cfg.save_kimg, done) else None
-            sample.on_rank_0(lambda: save_checkpoint(out / "last.pt", cfg, done, trainer, progress, stays))
-            good = out / "last.pt"
-        stopped = stopped or score_if_due(done)
-        if stopped and (done < progress.total or due(done)):
-            return stopped
-
-
-# ---------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Speed
 
-def bench(cfg, device, n):
-    """Time n training steps on images made up, after a warm-up of 3. Forward and backward count as three forward
-    passes, whatever is computed again."""
-    trainer, size = Trainer(cfg, device), sample.rank_and_size()[1]
-    x = torch.randint(256, (trainer.micro, cfg.in_channels, cfg.input_size, cfg.input_size), dtype=torch.uint8)
-    feed = itertools.repeat((x, torch.randint(max(1, cfg.num_classes), (trainer.micro,)), []))
 
-    def run(steps):
-        for step in steps:
-            trainer.step(step, feed)
-        return sample.finished(device)
-
-    began = run(range(3))
-    seconds = run(range(3, 3 + n)) - began
-    if sample.rank_and_size()[0] == 0:
-        say(f"{n} steps of {cfg.batch_size} images, {1000 * seconds / n:.1f} ms each: "
-            + sample.speed(n * cfg.batch_size / seconds, 3 * sample.measure(cfg)[1], cfg, device, size))
-
-
-# ---------------------------------------------------------------------------------------------
-# python train.py --study: what the paper's ablations make of shapes
-
-STUDY = {                             # what differs from the preset
-    "TMSA (time in q, k, v), positional": {},
-    "the same, Fourier": dict(time_embedding="fourier"),
-    "time as a token": dict(time_in="token"),
-    "time in the bias": dict(time_in="bias"),
-    "time in the MLP": dict(time_in="mlp"),
-    "no time (label in q, k, v)": dict(time_embedding="none"),
-    "adaLN-Zero (DiT)": dict(model="dit")}
+def bench(cfg, device, repeats):
+    """Time some training steps on random images, after a warm-up of 3. Forward and backward count
+    as three forward passes, whatever is recomputed."""
+    trainer = Trainer(cfg, device)
+    shape = trainer.micro, cfg.in_channels, cfg.input_size, cfg.input_size
+    x = torch.randint(256, shape, dtype=torch.uint8)
+    y = torch.randint(max(1, cfg.num_classes), (trainer.micro,))
+    batches = itertools.repeat((x, y, []))
+    steps = itertools.count()
+    seconds = configs.seconds_per_call(
+        lambda: trainer.step(next(steps), batches), repeats, device, warmup=3
+    )
+    multiply_adds = 3 * diffit.measure(cfg)[1]
+    speed = configs.format_speed(cfg.batch_size / seconds, multiply_adds, cfg.precision, device)
+    if rank_and_size()[0] == 0:
+        say(f"{repeats} steps of {cfg.batch_size} images, {1000 * seconds:.1f} ms each: {speed}")
 
 
-def study(out, flags, seeds=3, n=500):
-    """Train each variant with each seed, equally long, and print a table: the loss of the last fifth of the run, and
-    the share of n samples that a classifier names right; means, and lowest to highest over the seeds. Every run
-    resumes, so the same command goes on after a stop."""
-    rows, device = [], sample.default_device()
-    for name, fields in STUDY.items():
-        losses, shares = [], []
-        for seed in range(seeds):
-            cfg = config_from("shapes", {**flags, **fields, "seed": seed})
-            folder = out / f"{cfg.model}-{cfg.time_in}-{cfg.time_embedding}-{cfg.kimg:g}kimg-{seed}"
-            open_folder(folder, cfg, overwrite=False)
-            stopped = train(cfg, open_data(cfg), folder, device=device)
-            if stopped:
-                say("\nstopped and saved; the same command goes on from here")
-                return stopped
-            signal.signal(signal.SIGINT, signal.default_int_handler)       # train's own would wait for a step
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            log = sample.read_checkpoint(folder / "last.pt")["progress"]["log"]
-            tail = [entry["loss"] for entry in log if entry["kimg"] > 0.8 * cfg.kimg and "loss" in entry]
-            model, cfg = sample.load_model(folder / "last.pt")
-            images, labels = zip(*((sample.pixels(x, cfg), y.cpu()) for x, y in sample.generate(model, cfg, range(n))))
-            losses.append(sum(tail) / len(tail))
-            shares.append(100 * sample.recognised(np.concatenate(images), torch.cat(labels))[0])
-            say(f"{name}, seed {seed}: loss {losses[-1]:.4f}, {shares[-1]:.1f} % recognised")
-        spread = lambda values, form: f"{sum(values) / seeds:{form}} ({min(values):{form}} to {max(values):{form}})"
-        rows.append(f"| {name} | {spread(losses, '.4f')} | {spread(shares, '.1f')} |")
-    print("| | loss | recognised, % |", "|---|---|---|", *rows, sep="\n")
-
-
-def say(text):
-    print(text, file=sys.stderr, flush=True)
-
-
-# ---------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # python train.py
 
+
 def open_data(cfg):
-    """The data set that cfg names. ValueError if the network cannot take what it holds."""
+    """The data set that cfg names. UserError if the network cannot take what it holds."""
     if not cfg.data:
-        raise ValueError(f"this preset has no data of its own; pass --data: {data.KINDS}")
+        raise UserError(f"this preset has no data of its own; pass --data: {data.KINDS}")
     dataset = data.open_dataset(cfg.data, cfg.input_size)
-    if isinstance(dataset, data.Latents) and dataset.channels != cfg.in_channels:
-        raise ValueError(f"{cfg.data} holds latents of {dataset.channels} channels, and this network takes "
-                         f"{cfg.in_channels}")
-    if not isinstance(dataset, data.Latents) and cfg.in_channels != 3:
-        raise ValueError(f"{cfg.data} holds pictures, and this network takes latents; make them with: python data.py "
-                         f"latents {cfg.data} latents.safetensors --vae FILE --size {8 * cfg.input_size}")
+    latents = isinstance(dataset, data.Latents)
+    if latents and dataset.channels != cfg.in_channels:
+        raise UserError(
+            f"{cfg.data} holds latents of {dataset.channels} channels, and this network takes "
+            f"{cfg.in_channels}"
+        )
+    if not latents and cfg.in_channels != 3:
+        raise UserError(
+            f"{cfg.data} holds images, and this network takes latents; make them with: python "
+            f"data.py latents {cfg.data} latents --vae FILE --size {8 * cfg.input_size}"
+        )
     if cfg.num_classes and dataset.labels is None:
-        raise ValueError(f"{cfg.data} has no labels, and this network has {cfg.num_classes} classes; sort the images "
-                         f"into sub-folders, or pass --num-classes 0")
+        raise UserError(
+            f"{cfg.data} has no labels, and this network has {cfg.num_classes} classes; sort the "
+            f"images into sub-folders, or pass --num-classes 0"
+        )
     if cfg.num_classes and dataset.labels.max() >= cfg.num_classes:
-        raise ValueError(f"{cfg.data} has a label {dataset.labels.max()}, and this network has the classes 0 to "
-                         f"{cfg.num_classes - 1}; pass --num-classes {dataset.labels.max() + 1}")
+        raise UserError(
+            f"{cfg.data} has a label {dataset.labels.max()}, and this network has the classes 0 to "
+            f"{cfg.num_classes - 1}; pass --num-classes {dataset.labels.max() + 1}"
+        )
     return dataset
 
 
 def open_vae(cfg, dataset):
-    """The VAE for sample grids of latents, or None. ValueError if one with another encoder made them."""
+    """The VAE for sample grids of latents, or None. UserError if one with another encoder made
+    them."""
     if not cfg.vae:
         return None
-    vae, theirs = sample.open_vae(cfg), dataset.header["vae"]
+    vae = sample.open_vae(cfg)
     ours = vae.fingerprint()
+    theirs = dataset.header["vae"]
     if ours != theirs:
-        raise ValueError(f"--vae {cfg.vae} (its encoder: {ours}) is not the one that made {cfg.data} ({theirs}); pass "
-                         f"that one, or none and go without sample grids")
+        raise UserError(
+            f"--vae {cfg.vae} (its encoder: {ours}) is not the one that made {cfg.data} "
+            f"({theirs}); pass that one, or none for a run without sample grids"
+        )
     return vae
 
 
 def open_scorer(cfg, vae, force):
-    """What scores the samples while training, or None. ValueError without a VAE for latents, for too few images, and as
-    sample.Scorer says it."""
+    """The scorer of samples while training, or None. UserError without a VAE for latents, for too
+    few images, and as sample.Scorer says it."""
     if not cfg.score_every:
         if force:
-            raise ValueError("--force is for --score-every, which is not given")
+            raise UserError("--force is for --score-every, which is not given")
         return None
     if cfg.in_channels != 3 and not vae:
-        raise ValueError("--score-every scores pictures, and this network makes latents; pass --vae FILE")
+        raise UserError(
+            "--score-every scores images, and this network generates latents; pass --vae FILE"
+        )
     sample.check_number(cfg.score_n, force, "images (--score-n)")
     scorer = sample.Scorer(cfg.score_ref, cfg.inception, force, workers=cfg.workers)
     scorer.check_size(cfg.input_size * (vae.factor if vae else 1))
@@ -798,119 +1081,142 @@ def open_scorer(cfg, vae, force):
     return scorer
 
 
-def adapted(weights, network, path):
-    """Weights of a network with other classes, or for another resolution, as far as they fit this one, and sentences
-    that say what was done: a label table of another size begins anew; so does the table of positions; the relative
-    position bias is interpolated. ValueError if anything else differs."""
-    own, weights, done = network.state_dict(), dict(weights), []
-
-    def differs(name):
-        return (own[name].shape if name in own else None) != (weights[name].shape if name in weights else None)
-
-    labels = "y_embedder.embedding_table.weight"
-    if differs(labels):
-        before, now = (len(table[labels]) - 1 if labels in table else 0 for table in (weights, own))
-        done.append(f"{before} classes there and {now} here: the label table begins anew")
-        weights.pop(labels, None)
-    if "pos_embed" in own and differs("pos_embed"):
-        done.append(f"positions are made anew for {own['pos_embed'].shape[1]} tokens")
-        weights.pop("pos_embed", None)
-    tables = [n for n in own if n.endswith("relative_position_bias_table") and n in weights and differs(n)]
-    for name in tables:
-        (rows, heads), (before, theirs) = own[name].shape, weights[name].shape
-        side, size = math.isqrt(before), math.isqrt(rows)                  # 2 w - 1 offsets each way; 0 stays 0
-        if heads == theirs and side ** 2 == before:
-            table = weights[name].float().T.reshape(1, heads, side, side)
-            table = torch.nn.functional.interpolate(table, (size, size), mode="bilinear", align_corners=True)
-            weights[name] = table.view(heads, rows).T.contiguous()
-    if tables:
-        done.append(f"{len(tables)} tables of relative position bias are interpolated")
-    data.check_weights(network, {**{n: own[n] for n in own if n in (labels, "pos_embed")}, **weights}, path)
-    return weights, done
-
-
 def check_machine(cfg, device):
-    """ValueError if this machine, or the number of processes, does not suit the configuration."""
-    size = sample.rank_and_size()[1]
-    if cfg.batch_size % (size * (cfg.micro_batch or 1)):
-        raise ValueError(f"--batch-size {cfg.batch_size} cannot be divided over {size} processes"
-                         + (f" in micro-batches of {cfg.micro_batch}" if cfg.micro_batch else "")
-                         + f"; choose a multiple of {size * (cfg.micro_batch or 1)}")
+    """UserError if this machine, or the number of processes, does not suit the configuration."""
+    size = rank_and_size()[1]
+    multiple = size * (cfg.micro_batch or 1)
+    if cfg.batch_size % multiple:
+        micro = f" in micro-batches of {cfg.micro_batch}" if cfg.micro_batch else ""
+        raise UserError(
+            f"--batch-size {cfg.batch_size} cannot be divided over {size} processes{micro}; choose "
+            f"a multiple of {multiple}"
+        )
     if cfg.precision == "tf32" and device.type != "cuda":
-        raise ValueError("--precision tf32 is a mode of NVIDIA GPUs, and there is none here; choose bf16 or fp32")
+        raise UserError(
+            "--precision tf32 is a mode of NVIDIA GPUs, and there is none here; choose bf16 or fp32"
+        )
+
+
+def starting_weights(path, network):
+    """The weights of --init-from, as far as they fit the network (on the meta device), and
+    sentences about them. UserError if the file holds something else."""
+    weights, kind = data.weights_in(data.read_file(path), path)
+    weights, notes = diffit.adapt_weights(weights, network)
+    data.check_weights(network, weights, path)
+    # Meta tensors stand for what is re-initialised. The others are copied: --overwrite may remove
+    # the file that they are mapped from.
+    own = network.state_dict()
+    weights = {n: w.clone() for n, w in weights.items() if n in own and not w.is_meta}
+    return weights, [f"starting from the {kind} weights of {path}", *notes]
 
 
 def describe(name, cfg, network, dataset, device):
-    """Say what is about to run, and what to expect of this machine."""
-    kind, size = sample.arithmetic_of(cfg.precision, device), sample.rank_and_size()[1]
-    say(f"{name} ({SOURCES[name][0]}): {cfg.model} of {sum(p.numel() for p in network.parameters()) / 1e6:.2f}M "
-        f"parameters, {len(dataset)} images from {cfg.data}, {cfg.kimg:g} kimg, {device.type} in {kind}"
-        + (f", {size} processes" if size > 1 else ""))
-    if device.type == "cpu" and not sample.fast_bf16(device):
-        say("this CPU has no fast bf16 (AMX), so everything runs in fp32: expect a few times the time that a CPU "
-            "with AMX takes; the time left is shown below")
+    """Say what is about to run, and what to expect of the data and of this machine."""
+    source = configs.SOURCES[name][0]
+    millions = sum(p.numel() for p in network.parameters()) / 1e6
+    arithmetic = configs.arithmetic(cfg.precision, device)
+    size = rank_and_size()[1]
+    processes = f", {size} processes" if size > 1 else ""
+    say(
+        f"{name} ({source}): {cfg.model} of {millions:.2f}M parameters, {len(dataset)} images from "
+        f"{cfg.data}, {cfg.kimg:g} kimg, {device.type} in {arithmetic}{processes}"
+    )
+    if dataset.labels_from:
+        describe_classes(cfg, dataset)
+    if device.type == "cpu" and arithmetic == "fp32":
+        say("this CPU has no fast bf16 (AMX): expect a few times the time of one that has it")
+
+
+def describe_classes(cfg, dataset):
+    """Say where the labels come from, and which classes the network has no images of."""
+    count = int(dataset.labels.max()) + 1
+    names = [f"{k} {name}" for k, name in enumerate(dataset.class_names)]
+    shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+    say(f"{count} classes by {dataset.labels_from}" + (f": {shown}" if names else ""))
+    if not cfg.num_classes:
+        say("this network is unconditional and ignores them; --num-classes N uses them")
+    elif count < cfg.num_classes:
+        say(
+            f"this network has {cfg.num_classes} classes: those from {count} on have no images and "
+            f"will not be learned; pass --num-classes {count}"
+        )
 
 
 def main():
-    parser = Parser(prog="train.py", description="Train a network; the same command again resumes.")
-    parser.add_argument("--preset", default="shapes", help="python configs.py lists them")
-    parser.add_argument("--out", metavar="DIR", help="where everything goes (default runs/PRESET)")
-    parser.add_argument("--init-from", metavar="CKPT",
-                        help="begin with the EMA weights of this checkpoint, or with published ones")
-    parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
-    parser.add_argument("--force", action="store_true", help="score with even fewer than 2048 images")
-    parser.add_argument("--study", action="store_true",
-                        help="train each of the paper's ablations on shapes, three seeds each, and print a table")
-    parser.add_argument("--bench", type=int, nargs="?", const=20, metavar="N", help="only time N steps (default 20)")
+    parser = Parser(
+        prog="train.py",
+        usage="train.py [--preset NAME] [--data PATH] [--out DIR] [--FIELD VALUE ...]",
+        description="Train a network; the same command again resumes. A preset is a Config with a "
+        "name; each flag below the first group replaces a field of it.",
+        epilog="The defaults are those of Config; a preset has its own. On several processes: "
+        "torchrun --nproc_per_node=8 train.py ...",
+    )
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--preset", default="shapes", metavar="NAME", help="python configs.py lists them"
+    )
+    group.add_argument("--out", metavar="DIR", help="where everything goes (default: runs/PRESET)")
+    group.add_argument(
+        "--init-from", metavar="CKPT", help="start from these weights (EMA), or published ones"
+    )
+    group.add_argument(
+        "--overwrite", action="store_true", help="start again in a folder that holds a run"
+    )
+    group.add_argument(
+        "--force", action="store_true", help="compute scores from fewer than 2048 images"
+    )
+    group.add_argument(
+        "--bench",
+        type=configs.at_least(1),
+        nargs="?",
+        const=20,
+        metavar="N",
+        help="only time N steps (default: 20)",
+    )
     parser.add_config()
     args = vars(parser.parse_args())
-    sample.run_command(parser, lambda: run(args), "pass a smaller --micro-batch, or --checkpoint-blocks",
-                       "the same command, without --overwrite, goes on from the last checkpoint")
+    configs.run_command(
+        parser,
+        lambda: run(args),
+        "pass a smaller --micro-batch, or --grad-checkpointing",
+        "the same command, without --overwrite, resumes from the last checkpoint",
+    )
 
 
 def run(args):
     """The command with these flags -> the number of the signal that stopped it, if one did."""
-    name, out, init_from, overwrite, n, studies, force = (
-        args.pop(key) for key in ("preset", "out", "init_from", "overwrite", "bench", "study", "force"))
-    device = sample.default_device()
-    if studies:
-        own = {"data", "model", "time_in", "time_embedding", "num_classes", "seed",
-               "score_every", "score_ref"} & args.keys()
-        if name != "shapes" or own or init_from or overwrite or n is not None or sample.rank_and_size()[1] > 1:
-            which = " and ".join(map(configs.flag_of, own)) or "--preset, --init-from, --overwrite, --bench, torchrun"
-            raise ValueError(f"--study chooses data, networks, seeds and scores itself; leave out {which}")
-        check_machine(config_from(name, args), device)
-        return study(Path(out or "runs/study"), args)
-    out, weights = Path(out or f"runs/{name}"), None
-    first = sample.rank_and_size()[0] == 0                                 # the process that speaks and writes
-    overwrite = overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # torchrun's restarts resume
-    cfg = config_from(name, args)
+    own = ("preset", "out", "init_from", "overwrite", "force", "bench")
+    name, out, init_from, overwrite, force, repeats = (args.pop(key) for key in own)
+    out = Path(out or f"runs/{name}")
+    first = rank_and_size()[0] == 0  # the process that prints and writes
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        overwrite = False  # torchrun has restarted a run: it resumes
+    device = configs.default_device()
+    cfg = configs.config_from_preset(name, args)
     check_machine(cfg, device)
-    if n is not None:
-        if n < 1:
-            raise ValueError(f"--bench {n} must be 1 or more")
-        return bench(cfg, device, n)
+    if repeats:
+        return bench(cfg, device, repeats)
+
     dataset = open_data(cfg)
     vae = open_vae(cfg, dataset)
     scorer = open_scorer(cfg, vae, force)
     with torch.device("meta"):
-        network = diffit.build(cfg)                                        # do the sizes fit? no memory is taken
-    if init_from and (overwrite or not (out / "last.pt").exists()):        # a run under way has weights of its own
-        weights, kind = data.weights_in(data.read_file(init_from), init_from)
-        weights, done = adapted(weights, network, init_from)
-        own = network.state_dict()                                         # copied: --overwrite may remove the file
-        weights = {name: value.clone() for name, value in weights.items() if name in own}
+        network = diffit.build(cfg)  # do the sizes fit? no memory is taken
+    weights = None
+    if init_from and (overwrite or not (out / "last.pt").exists()):
+        weights, notes = starting_weights(init_from, network)
         if first:
-            say("; ".join([f"beginning with the {kind} weights of {init_from}", *done]))
-    sample.on_rank_0(lambda: open_folder(out, cfg, overwrite))             # nothing is written before this line
+            say("; ".join(notes))
+    on_rank_0(lambda: open_folder(out, cfg, dataset, overwrite))  # nothing is written before this
     if first:
         describe(name, cfg, network, dataset, device)
     stopped = train(cfg, dataset, out, weights, device, vae, scorer)
+    configs.end_live_line()
     if stopped and first:
-        say(f"\nstopped by {signal.Signals(stopped).name} and saved; the same command goes on from here"
-            + (", without --overwrite" if overwrite else ""))
+        how = "the same command resumes" + (" (without --overwrite)" if overwrite else "")
+        say(f"stopped by {signal.Signals(stopped).name} and saved; {how}")
     elif first:
-        say(f"\ncomplete: {out}/last.pt; make images with: python sample.py --ckpt {out}/last.pt")
+        say(f"complete: {out}/last.pt; make images with: python sample.py --ckpt {out}/last.pt")
     return stopped
 
 
