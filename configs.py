@@ -1,9 +1,9 @@
-"""The ground floor: Config, every preset, the command line, and the machine that it all runs on.
+"""The foundation: Config, every preset, the command line, and the machine that it all runs on.
 
 Each field of `Config` is a flag of train.py, and its sentence below is the flag's --help. A preset
 is a Config with a name. The machine, in the last part of the file, is everything that is neither
 network nor diffusion: processes, precision, seeds, messages, files that appear whole. Every other
-file may import this one; it imports none of them.
+file may import this one; it imports none of them (only its own command, below, needs diffit.py).
 
 `python configs.py` lists the presets with parameters and GFLOPs counted from the networks.
 """
@@ -31,7 +31,8 @@ import torch.distributed as dist
 
 class UserError(ValueError):
     """A mistake of the person at the keyboard, in one sentence: what was given, what was expected,
-    what to do. Commands print it without a traceback; every other exception keeps its own."""
+    what to do. Commands print it, and what the file system says (OSError), without a traceback;
+    every other exception keeps its own."""
 
 
 def flag_of(name):
@@ -80,7 +81,9 @@ class Config:
     """Everything that a run depends on. UserError where values do not fit one another."""
 
     # Data
-    data: str = option("", "images or latents to train on; required unless the preset has its own")
+    data: str = option(
+        "", "shapes, or a folder, .zip, .npz, CIFAR archive or latents; required without a default"
+    )
     vae: str = option("", "weights of the autoencoder that turns latents into images")
     xflip: bool = option(False, "mirror half of the images")
     augment: float = option(0.0, "probability of each of EDM's augmentations; pixels only")
@@ -90,7 +93,9 @@ class Config:
         "diffit: latent DiffiT; dit: DiT; unet: image-space DiffiT; ddpmpp: DDPM++",
         choices="diffit dit unet ddpmpp",
     )
-    input_size: int = option(32, "height and width of the network's input", positive=True)
+    input_size: int = option(
+        32, "height and width of the network's input (latents: pixels / 8)", positive=True
+    )
     in_channels: int = option(3, "3 for pixels, 4 for latents", positive=True)
     num_classes: int = option(0, "number of classes; 0: unconditional")
     class_dropout_prob: float = option(0.1, "share of labels replaced by the null class (guidance)")
@@ -160,7 +165,9 @@ class Config:
     )
     # Sampling
     sampler: str = option("ddpm", "sampling method", choices="ddpm ddim dpmpp heun")
-    sampling_steps: int = option(250, "noise levels that the sampler visits", positive=True)
+    sampling_steps: int = option(
+        250, "noise levels that the sampler visits (heun: two network calls each)", positive=True
+    )
     clip_denoised: bool = option(False, "keep predicted images in [-1, 1]; pixels only")
     cfg_scale: float = option(1.0, "scale of classifier-free guidance; 1: none")
     cfg_schedule: str = option(
@@ -169,20 +176,22 @@ class Config:
         choices="constant power-cosine",
     )
     cfg_channels: int = option(0, "guide only the first channels; 0: all")
-    cfg_exact: bool = option(False, "run the null half even where the scale is within 0.01 of 1")
+    cfg_exact: bool = option(
+        False, "evaluate the null class even where the scale is within 0.01 of 1"
+    )
     cfg_interval: tuple = option((), "guide only at noise levels sigma from LOW to HIGH (LOW,HIGH)")
     eta: float = option(0.0, "noise of ddim: 0 none, 1 as much as ddpm")
     churn: float = option(0.0, "noise that heun adds on the way (EDM's S_churn)", only=CONTINUOUS)
     churn_interval: tuple = option(
-        (), "add it only at noise levels from LOW to HIGH (S_tmin, S_tmax)", only=CONTINUOUS
+        (), "--churn only at noise levels from LOW to HIGH (S_tmin, S_tmax)", only=CONTINUOUS
     )
-    churn_noise: float = option(1.0, "scale of that noise (S_noise)", only=CONTINUOUS)
+    churn_noise: float = option(1.0, "scale of the noise of --churn (S_noise)", only=CONTINUOUS)
     # Training
     kimg: float = option(1000.0, "length of training in thousands of images", positive=True)
     batch_size: int = option(256, "images per step, over all processes", positive=True)
     micro_batch: int = option(0, "images per forward pass; 0: the process's whole share")
     lr: float = option(1e-4, "learning rate", positive=True)
-    lr_rampup_kimg: float = option(0.0, "length of the linear ramp from 0")
+    lr_rampup_kimg: float = option(0.0, "length of the linear ramp from 0, thousands of images")
     lr_decay: str = option("constant", "cosine: decays to 0 at the end", choices="constant cosine")
     beta2: float = option(0.999, "Adam's second beta; the first is 0.9, eps 1e-8")
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay")
@@ -193,7 +202,9 @@ class Config:
         choices="skip zero",
     )
     ema_decay: float = option(0.0, "decay of the weights' moving average per step; 0: by half-life")
-    ema_halflife_kimg: float = option(500.0, "half-life of that average")
+    ema_halflife_kimg: float = option(
+        500.0, "half-life of the weights' moving average, thousands of images"
+    )
     ema_rampup: float = option(0.05, "half-life at most this share of the images seen; 0: no ramp")
     seed: int = option(0, "seed of the weights, the noise and the order of the data")
     # Machine
@@ -209,10 +220,10 @@ class Config:
     workers: int = option(2, "processes that read data")
     # Output
     tick_kimg: float = option(10.0, "thousands of images between log lines", positive=True)
-    sample_kimg: float = option(1000.0, "between sample grids", positive=True)
+    sample_kimg: float = option(1000.0, "thousands of images between sample grids", positive=True)
     save_kimg: float = option(
         1000.0,
-        "between numbered checkpoints; last.pt is saved at these and at the grids",
+        "thousands of images between numbered checkpoints; last.pt is saved then and at grids",
         positive=True,
     )
     keep: int = option(0, "numbered checkpoints that are kept, the newest; 0: all")
@@ -239,14 +250,20 @@ class Config:
         if only and self.model not in only and self.process not in only:
             if value != field.default:
                 raise UserError(f"{flag} is for {' and '.join(only)}, and this is {here}")
-            return  # what has no meaning here has no range either
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, str):
-                continue
-            if not math.isfinite(number) or (number < 0 and not field.metadata["signed"]):
-                raise UserError(f"{flag} {value} is out of range; it must be 0 or more")
-        if field.metadata["positive"] and not (value and min(np.atleast_1d(value)) > 0):
-            raise UserError(f"{flag} {value} must be above 0 for {here}")
+            return  # it is not used here, whatever its range
+        if isinstance(value, str):
+            return
+        positive = field.metadata["positive"]
+        numbers = value if isinstance(value, tuple) else (value,)
+        if positive and not numbers:
+            raise UserError(f"{flag} is required for {here}; give a number for each resolution")
+        for number in numbers:
+            if not math.isfinite(number):
+                raise UserError(f"{flag} {value} must be finite")
+            if positive and number <= 0:
+                raise UserError(f"{flag} {value} must be above 0 for {here}")
+            if number < 0 and not field.metadata["signed"]:
+                raise UserError(f"{flag} {value} must be 0 or more")
 
     def conflicts(self):
         """Sentences about fields that do not fit one another: network, data and training."""
@@ -355,7 +372,7 @@ def preset(name, source, fid, base={}, **changes):
 
 
 # The built-in run, for two CPU cores. It trains at higher noise than EDM, where shapes are decided;
-# with an embed_gain of 1 the tokens start small beside the blocks' output and it learns late.
+# with an embed_gain of 1 the tokens start small beside the blocks' output and learning starts late.
 preset(
     "shapes", "this project", None, data="shapes", num_classes=10, model="diffit",
     patch_size=4, hidden_size=128, depth=4, num_heads=4, embed_gain=4,
@@ -382,12 +399,12 @@ ffhq64 = dict(
     dropout=0.05, augment=0.15, xflip=True, sampling_steps=40, batch_size=256, lr=2e-4, kimg=51_200,
 )  # fmt: skip
 # fmt: off
-preset("cifar10",      "DiffiT Table 1", 1.95, cifar10)
-preset("ffhq64",       "DiffiT Table 1", 2.22, ffhq64)
+preset("cifar10",      "DiffiT Table 2", 1.95, cifar10)
+preset("ffhq64",       "DiffiT Table 2", 2.22, ffhq64)
 preset("cifar10-l4",   "DiffiT Table S.2, the other reading of L", None, cifar10, blocks=(4, 4, 4))
 preset("ffhq64-l1222", "DiffiT Table S.2, the other reading of L", None, ffhq64, blocks=(1, 2, 2, 2))
 
-# Width of the time token / of the features; 512/256 is Table 1's. Features of 512: twice the width
+# Width of the time token / of the features; 512/256 is Table 2's. Features of 512: twice the width
 # at every resolution.
 preset("cifar10-512-512", "DiffiT Table 3", 1.99, cifar10, channels=(256, 512, 512))
 preset("cifar10-256-256", "DiffiT Table 3", 2.13, cifar10, cond_size=256)
@@ -427,7 +444,7 @@ preset("cifar10-window8",     "DiffiT Fig. 8", None, cifar10, window=8)
 preset("ffhq64-window2",      "DiffiT Fig. 8", None, ffhq64, window=2)  # 8 is ffhq64
 preset("ffhq64-window4",      "DiffiT Fig. 8", None, ffhq64, window=4)
 
-# Latent DiffiT: Sec. 4.2. The text says 30 layers; the published weights and Table 9's 561M say 28.
+# Latent DiffiT: Sec. 4.1. The text says 30 layers; the published weights and Table 9's 561M say 28.
 # Length: Fig. 7b's 1000k steps. Guidance at 256 pixels: 4.4 in the release, 4.6 in the text.
 LATENT = dict(
     in_channels=4, num_classes=1000, learn_sigma=True, patch_size=2, hidden_size=1152, depth=28,
@@ -438,8 +455,8 @@ imagenet256 = dict(
     LATENT, model="diffit", input_size=32, batch_size=256, lr=3e-4, kimg=256_000,
     cfg_scale=4.4, cfg_schedule="power-cosine",
 )
-preset("imagenet256", "DiffiT Tables 2, 9", 1.73, imagenet256)
-preset("imagenet512", "DiffiT Table 2", 2.67, LATENT, model="diffit", input_size=64,
+preset("imagenet256", "DiffiT Tables 1, 9", 1.73, imagenet256)
+preset("imagenet512", "DiffiT Table 1", 2.67, LATENT, model="diffit", input_size=64,
        batch_size=512, lr=1e-4, kimg=512_000, cfg_scale=1.49)
 preset("imagenet256-depth30", "DiffiT appendix H.2", None, imagenet256, cfg_scale=4.6, depth=30)
 PAPER["imagenet256"] = PAPER["imagenet256-depth30"] = 561, 114
@@ -512,13 +529,13 @@ def numbers(text):
 def at_least(low):
     """A type of argparse: a whole number from `low` on."""
 
-    def number(text):
+    def whole_number(text):
         value = int(text)
         if value < low:
             raise argparse.ArgumentTypeError(f"{value} must be {low} or more")
         return value
 
-    return number
+    return whole_number
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -534,7 +551,9 @@ class HelpFormatter(argparse.HelpFormatter):
 def format_default(value):
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return "none" if value in (None, "", ()) else value
+    if isinstance(value, tuple):
+        value = ",".join(map(str, value))
+    return "none" if value in (None, "") else value
 
 
 class Parser(argparse.ArgumentParser):
@@ -558,10 +577,10 @@ class Parser(argparse.ArgumentParser):
         end_live_line()
         self.exit(2, f"{self.prog.split()[0]}: {message}\n")
 
-    def add_config(self, names=None, default=None):
+    def add_config(self, names=None, shown=None):
         """A flag for each field of Config, or for those named, in the groups of Config; a flag that
-        is not given leaves no trace in the result. default: what --help says it is, in place of
-        Config's."""
+        is not given leaves no trace in the result. shown: the Config whose values --help gives as
+        defaults; without, they are those of a checkpoint."""
         group = None
         for field in dataclasses.fields(Config):
             if field.name in GROUPS:
@@ -569,16 +588,16 @@ class Parser(argparse.ArgumentParser):
             if names is None or field.name in names:
                 if isinstance(group, str):
                     group = self.add_argument_group(group)
+                default = format_default(getattr(shown, field.name, "the checkpoint's"))
                 group.add_argument(flag_of(field.name), **flag_options(field, default))
 
 
 METAVARS = {str: "PATH", int: "N", float: "X", tuple: "A,B,..."}
 
 
-def flag_options(field, default=None):
+def flag_options(field, default):
     """How argparse reads a field of Config, and what --help says of it."""
     choices = field.metadata["choices"]
-    default = default or format_default(field.default)
     options = dict(default=argparse.SUPPRESS)
     options["help"] = f"{field.metadata['help']} (default: {default})".replace("%", "%%")
     if field.type is bool:
@@ -594,8 +613,8 @@ PATIENCE = datetime.timedelta(minutes=10)  # how long a process waits for anothe
 
 
 def run_command(parser, act, if_out_of_memory="", if_process_lost=""):
-    """Run act() in all processes that were started; what a user can cause ends in one sentence and
-    exit code 2. if_out_of_memory, if_process_lost: advice that ends these sentences.
+    """Run act() in all processes that were started; an error that a user can cause ends in one
+    sentence and exit code 2. if_out_of_memory, if_process_lost: advice that ends these sentences.
     act -> the number of the signal that ended it, or None."""
     with contextlib.suppress(ValueError):  # only a main thread may
         signal.signal(signal.SIGTERM, exit_on_signal)
@@ -829,7 +848,7 @@ def live_line(text):
     if sys.stderr.isatty():
         width = terminal_width() - 1
         text = text[:width]
-        padded = text.ljust(min(LIVE.length, width))  # over what was longer
+        padded = text.ljust(min(LIVE.length, width))  # erases a longer line
         print("\r" + padded, end="", file=sys.stderr, flush=True)
         LIVE.length = len(text)
     elif time.time() - LIVE.printed > 60:
@@ -867,7 +886,7 @@ def first_line(error):
 @contextlib.contextmanager
 def atomic_write(path):
     """A temporary path beside `path` to write to. It is renamed to `path` at the end, and removed
-    if anything fails: `path` holds all of the new content, or what it held before."""
+    if anything fails: `path` holds all of the new content, or its previous content."""
     temporary = Path(path).with_name(f".{Path(path).name}.tmp")
     try:
         yield temporary

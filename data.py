@@ -38,8 +38,19 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 
 from configs import (
-    Parser, UserError, at_least, atomic_write, autocast, default_device, first_line, live_line,
-    lockstep, on_rank_0, rank_and_size, run_command, say,
+    Parser,
+    UserError,
+    at_least,
+    atomic_write,
+    autocast,
+    default_device,
+    first_line,
+    live_line,
+    lockstep,
+    on_rank_0,
+    rank_and_size,
+    run_command,
+    say,
 )
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -53,8 +64,16 @@ KINDS = f"{IMAGE_KINDS}, or a folder of latents made by data.py latents"
 # Everything that zipfile, tarfile and numpy raise for files that are damaged, encrypted or packed
 # in an unknown way; found by corrupting small files in 250,000 ways.
 READ_ERRORS = (
-    OSError, EOFError, ValueError, RuntimeError, SyntaxError, tokenize.TokenError,
-    zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError,
+    OSError,
+    EOFError,
+    ValueError,
+    RuntimeError,
+    SyntaxError,
+    tokenize.TokenError,
+    zlib.error,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+    tarfile.TarError,
 )
 
 
@@ -76,13 +95,20 @@ class UnreadableImage(UserError):
 # bmp, tiff, ppm and 18 rarer formats) none raised anything else. Nearly all raise OSError; the rest
 # comes from headers, palettes and EXIF, which Pillow takes apart without checking every type.
 PILLOW_ERRORS = (
-    OSError, ValueError, SyntaxError, TypeError, AttributeError, OverflowError, RuntimeError,
-    struct.error, Image.DecompressionBombError,
+    OSError,
+    ValueError,
+    SyntaxError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RuntimeError,
+    struct.error,
+    Image.DecompressionBombError,
 )
 
 
 def decode(file):
-    """An opened image file -> PIL image, RGB, upright; transparency is laid on white.
+    """An opened image file -> PIL image, RGB, upright; transparent parts are white.
     UnreadableImage if it is broken or not an image."""
     try:
         image = ImageOps.exif_transpose(Image.open(file))  # decodes all pixels
@@ -125,9 +151,16 @@ def middle(image, width, height):
 # Files of weights
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 LONGEST_HEADER = 2**24  # bytes; the header of a network with a thousand tensors has about 2**17
 
@@ -576,7 +609,7 @@ def content_hash(*parts):
             digest.update(f"{part.dtype} {part.shape}".encode())
             digest.update(np.ascontiguousarray(part))
         else:
-            digest.update(ascii(part).encode())
+            digest.update(ascii(part).encode() + b"\0")
     return digest.hexdigest()[:16]
 
 
@@ -695,7 +728,7 @@ class ImageFiles(ImageDataset):
     def names_in_folder(self):
         """Paths of all files, relative to self.path, with / between their parts."""
         root = os.path.realpath(self.path)
-        for top, folders, files in os.walk(root, followlinks=True):
+        for top, folders, files in os.walk(root, onerror=raise_it, followlinks=True):
             folders[:] = [name for name in folders if not leads_back(os.path.join(top, name))]
             folder = Path(top).relative_to(root).as_posix()
             yield from (name if folder == "." else f"{folder}/{name}" for name in files)
@@ -796,7 +829,16 @@ class ImageFiles(ImageDataset):
         return self.names[i]
 
     def content(self):
-        return [name[len(self.root) :] for name in self.names]
+        """All names, and the bytes of three files, because prepared sets have equal names."""
+        names = [name[len(self.root) :] for name in self.names]
+        files = []
+        for name in (self.names[0], self.names[len(self) // 2], self.names[-1]):
+            try:
+                with self.open(name) as file:
+                    files.append(hashlib.sha256(file.read()).hexdigest())
+            except (UnreadableImage, OSError):
+                files.append(None)
+        return names, files
 
     def read(self, i):
         with self.open(self.names[i]) as file:
@@ -815,6 +857,11 @@ def slashes(name):
     while name.startswith("./"):
         name = name[2:].lstrip("/")
     return name
+
+
+def raise_it(error):
+    """For os.walk, which would silently leave out a folder that it cannot read."""
+    raise error
 
 
 def leads_back(folder):
@@ -864,7 +911,7 @@ def read_npz(path, size=None):
     """arr_0, uint8 NHWC, and arr_1, labels, of an .npz (the form of ADM's samples) -> ImageArray.
     An uncompressed arr_0 stays in the file, memory-mapped."""
     with open_zip(path) as archive:
-        names = [name.removesuffix(".npy") for name in archive.namelist()]
+        names = [n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")]
     if "arr_0" not in names:
         raise UserError(f"{path} has no array arr_0 (found: {', '.join(names[:10]) or 'nothing'})")
     images = mapped_array(path, "arr_0.npy")
@@ -922,7 +969,7 @@ def read_cifar(path, size=None):
         with tarfile.open(path) as tar:
             for member in tar:
                 name = posixpath.basename(member.name)
-                if member.isfile() and not name.startswith("test"):
+                if member.isfile() and name.endswith((".bin", ".txt")) and "test" not in name:
                     contents[name] = tar.extractfile(member).read()
     except READ_ERRORS as error:
         raise damaged(path, error) from None
@@ -1050,7 +1097,7 @@ class ShuffledStream(torch.utils.data.Dataset):
     Each run of n places is one shuffle of the n images. The image at a place, whether it is
     mirrored, and the noise of a latent depend on (seed, place) alone: nothing needs saving for a
     resume, and neither the number of processes nor of workers matters. An unreadable image gives
-    way to the next one of the shuffle; `unreadable` lists (name, why) of those passed over."""
+    way to the next one of the shuffle; `unreadable` lists (name, why) of those skipped."""
 
     def __init__(self, dataset, seed=0, xflip=False):
         self.dataset = dataset
@@ -1162,9 +1209,11 @@ class UnreadableImages:
                 say(f"skipped {name}: {why}")
             self.found.setdefault(name, why)
         if len(self.found) > max_unreadable(self.total):
+            names = list(self.found)[:100]
+            more = ", ..." if len(self.found) > len(names) else ""
             raise UserError(
-                f"{len(self.found)} of {self.total} images cannot be read, more than 1 %; mend or "
-                f"remove them: {', '.join(self.found)}"
+                f"{len(self.found)} of {self.total} images cannot be read, more than 1 %; repair "
+                f"or remove them: {', '.join(names)}{more}"
             )
 
 
@@ -1238,9 +1287,18 @@ def transform(x, flip_x, flip_y, matrix, shift):
 # upsampled and downsampled, without a warp between, comes back exactly. It moves an image by its
 # centre of mass, which is not the middle of its 12 taps: OFF_CENTRE, in samples.
 SYM6 = (
-    0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633,
-    0.4910559419267466, 0.787641141030194, 0.3379294217276218, -0.07263752278646252,
-    -0.021060292512300564, 0.04472490177066578, 0.0017677118642428036, -0.007800708325034148,
+    0.015404109327027373,
+    0.0034907120842174702,
+    -0.11799011114819057,
+    -0.048311742585633,
+    0.4910559419267466,
+    0.787641141030194,
+    0.3379294217276218,
+    -0.07263752278646252,
+    -0.021060292512300564,
+    0.04472490177066578,
+    0.0017677118642428036,
+    -0.007800708325034148,
 )
 TAPS = len(SYM6)
 OFF_CENTRE = (TAPS - 1) / 2 - sum(k * tap for k, tap in enumerate(SYM6)) / sum(SYM6)
@@ -1355,6 +1413,8 @@ def prepare(source, dest, size, workers=2):
     """Crop, resize and pack any images that training reads into an uncompressed .zip of PNGs with
     a dataset.json. The file appears when it is complete; UserError if there is one already."""
     dest = Path(dest)
+    if rank_and_size()[1] > 1:
+        raise UserError("data.py prepare is for a single process; start it without torchrun")
     if dest.suffix != ".zip":
         raise UserError(f"{dest} does not end in .zip, which is the format written there")
     if dest.exists():
@@ -1418,15 +1478,16 @@ def cache_latents(source, dest, vae, size, batch=8, workers=2, bf16=False):
     if size % vae.factor:
         raise UserError(f"--size {size} is not a multiple of {vae.factor}, as this VAE needs it")
     dataset = open_images(source, size)
+    precision = "bf16" if bf16 else "fp32"
     made_of = {"vae": vae.fingerprint(), "scale": VAE.scale, "data": dataset.fingerprint()}
-    header = {"format": LATENTS, "size": size, **made_of}
+    header = {"format": LATENTS, "size": size, "precision": precision, **made_of}
     grid = size // vae.factor
     shape = (len(dataset), 2, 2, vae.post_quant_conv.in_channels, grid, grid)
     if on_rank_0(lambda: start_or_resume(dest, header, shape, dataset.labels)):
         if rank == 0:
             say(f"{dest} is complete")
         return
-    make_latents(dest, dataset, vae, batch, workers, "bf16" if bf16 else "fp32")
+    make_latents(dest, dataset, vae, batch, workers, precision)
     on_rank_0(lambda: check_finished(dest, dataset, size))
 
 
@@ -1437,7 +1498,9 @@ def start_or_resume(dest, header, shape, labels):
         differ = [key for key in header if found.get(key) != header[key]]
         if differ:
             other = " and ".join(differ)
-            raise UserError(f"{dest} is of different {other}; remove it or choose another name")
+            raise UserError(
+                f"{dest} was made of another {other}; remove it, or choose another name"
+            )
         return bool(np.load(dest / "state.npy").all())
     if dest.exists():
         raise UserError(f"{dest} exists and holds no latents; remove it or choose another name")
@@ -1474,7 +1537,7 @@ def make_latents(folder, dataset, vae, batch, workers, precision):
     rank, ranks = rank_and_size()
     moments = np.load(folder / "moments.npy", "r+")
     state = np.load(folder / "state.npy", "r+")
-    mine = np.flatnonzero(state != DONE)  # unreadable images may have been mended
+    mine = np.flatnonzero(state != DONE)  # unreadable images may have been repaired
     # By runs of 64, so that batches, and with them the last bits, are those of a single process.
     mine = mine[mine // 64 % ranks == rank].tolist()
     state[mine] = TO_DO
@@ -1522,7 +1585,7 @@ def check_finished(folder, dataset, size):
     lost = np.flatnonzero(state == UNREADABLE)
     unreadable = UnreadableImages(dataset, verbose=False)
     if len(lost) > max_unreadable(len(dataset)):
-        state[lost] = TO_DO  # for the same command, once they are mended
+        state[lost] = TO_DO  # for the same command, once they are repaired
     unreadable.add((dataset.name(i), "") for i in lost)
     say(
         f"{folder}: latents of {len(state) - len(lost)} images of {size} x {size}, {len(lost)} "
@@ -1533,23 +1596,34 @@ def check_finished(folder, dataset, size):
 def main():
     parser = Parser(prog="data.py", description="Prepare data for training.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="prepare|latents")
-    for name, dest, text in (
-        ("prepare", "DEST.zip", "crop, resize and pack images into a .zip"),
-        ("latents", "DEST", "encode images into a folder, for training latent networks"),
-    ):
-        command = commands.add_parser(name, help=text, description=text)
-        add = command.add_argument
-        add("source", metavar="SRC", help=IMAGE_KINDS)
-        add("dest", metavar=dest, help="a new name; for latents also that of a stopped run")
-        add("--size", type=at_least(1), required=True, help="height and width in pixels")
-        add("--workers", type=at_least(0), default=2, help="processes that read images")
-    add("--vae", metavar="FILE", required=True, help="sd-vae-ft-ema or -mse, .safetensors or .bin")
-    add("--batch", type=at_least(1), default=8, help="images at a time")
-    add("--bf16", action="store_true", help="encode in bf16 instead of fp32")
+    text = "crop, resize and pack images into a .zip"
+    command = commands.add_parser("prepare", help=text, description=text)
+    command.add_argument("source", metavar="SRC", help=IMAGE_KINDS)
+    command.add_argument("dest", metavar="DEST.zip", help="the file to write")
+    common_flags(command)
+    text = "encode images into a folder, for training latent networks"
+    command = commands.add_parser("latents", help=text, description=text)
+    command.add_argument("source", metavar="SRC", help=IMAGE_KINDS)
+    command.add_argument("dest", metavar="DEST", help="a new folder, or that of a stopped run")
+    common_flags(command)
+    command.add_argument(
+        "--vae", metavar="FILE", required=True, help="sd-vae-ft-ema or -mse, .safetensors or .bin"
+    )
+    command.add_argument("--batch", type=at_least(1), default=8, help="images at a time")
+    command.add_argument("--bf16", action="store_true", help="encode in bf16 instead of fp32")
     options = vars(parser.parse_args())
     act = {"prepare": prepare, "latents": cache_latents}[options.pop("command")]
     run_command(
         parser, lambda: act(**options), "pass a smaller --batch", "the same command resumes"
+    )
+
+
+def common_flags(command):
+    command.add_argument(
+        "--size", type=at_least(1), required=True, help="height and width in pixels"
+    )
+    command.add_argument(
+        "--workers", type=at_least(0), default=2, help="processes that read images"
     )
 
 

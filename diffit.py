@@ -5,6 +5,7 @@ Every network is called model(x, t, y):
     x (B, C, H, W)  noised images or latents
     t (B,)          the noise level, as the process states it: a timestep, or EDM's ln(sigma) / 4
     y (B,)          class indices; the index num_classes, or no y at all, means "no class"
+    augmented       (B, 9), the labels of EDM's augmentation; only in networks built for it
 
 and returns (B, C, H, W), or (B, 2C, H, W) with learn_sigma. The file goes from parts to wholes:
 embeddings, attention, blocks, the latent networks, the image-space U-Net, then the variants that
@@ -44,10 +45,8 @@ def check_heads(dim, num_heads):
 
 
 class TimestepEmbedder(nn.Module):
-    """t (B,) -> (B, dim): sinusoids, cosines first (DDPM; longest period 10000), then an MLP.
-
-    Always in fp32: bf16 keeps 8 bits of a number, and cannot tell timestep 999 from 996.
-    """
+    """t (B,) -> (B, dim): cosines, then sines, of t * 10000^(-i / half) (as in ADM and DiT), then
+    an MLP. Always in fp32: in bf16, timesteps 998 to 1002 are all 1000."""
 
     def __init__(self, dim, sinusoids=256):
         super().__init__()
@@ -470,7 +469,8 @@ class Transformer(Network):
         A large embed_gain makes tokens large beside what the blocks add to them at first.
         """
         super().init_weights()
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1), embed_gain)
+        patches = self.x_embedder.proj.weight
+        nn.init.xavier_uniform_(patches.view(len(patches), -1), embed_gain)
         self.pos_embed *= embed_gain
         for module in self.modules():
             if isinstance(module, (DiTBlock, DiTHead)):
@@ -493,7 +493,7 @@ class Transformer(Network):
 
 
 class DiffiT(Transformer):
-    """Latent DiffiT (Sec. 3.2, "latent space", Fig. 4), as released: blocks of TMSA and MLP."""
+    """Latent DiffiT (Sec. 3.2, "latent space", Fig. 3), as released: blocks of TMSA and MLP."""
 
     block_class = DiffiTBlock
     head_class = DiffiTHead
@@ -507,7 +507,7 @@ class DiT(Transformer):
 
 
 # -------------------------------------------------------------------------------------------------
-# The image-space U-Net of Fig. 3
+# The image-space U-Net of Fig. 4
 
 
 def group_norm(channels, eps=1e-5):
@@ -555,7 +555,7 @@ class Stage(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The left half of Fig. 3: stages of ResBlocks with strided convolutions between them.
+    """The left half of Fig. 4: stages of ResBlocks with strided convolutions between them.
     x (B, channels[0], H, W) -> the features of each stage, finest first: (B, widths[i], H/2^i,
     W/2^i)."""
 
@@ -584,7 +584,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The right half of Fig. 3: the encoder's features -> (B, channels[0], H, W). From the coarsest
+    """The right half of Fig. 4: the encoder's features -> (B, channels[0], H, W). From the coarsest
     stage up: upsample, join with the features of this resolution, ResBlocks."""
 
     stage_class = Stage
@@ -631,12 +631,15 @@ def check_levels(input_size, channels, blocks):
 
 
 class DiffiTUNet(Network):
-    """Image-space DiffiT (Fig. 3, Tables S.2 and S.3): a U-Net of ResBlocks with windowed TMSA.
+    """Image-space DiffiT (Fig. 4, Tables S.2 and S.3): a U-Net of ResBlocks with windowed TMSA.
 
     channels, blocks: the width and the number of ResBlocks of each resolution, finest first; each
     resolution is half of the one before. window: the side of the attention windows, in tokens (a
     smaller grid is one window). cond_size: the width of c. block_options: DiffiTBlock's time_in.
     UserError if the sizes do not divide.
+
+    Where figure, tables and text differ: the decoder mirrors the encoder, with blocks of its own at
+    the coarsest resolution, and the resampling convolutions change the width.
     """
 
     encoder_class = Encoder
@@ -1147,10 +1150,12 @@ def adapt_weights(weights: dict[str, Tensor], network: nn.Module) -> tuple[dict,
         adapted.pop(LABELS, None)
         fate = "re-initialised" if now else "left out"
         notes.append(f"{before} classes there and {now} here, so the label table is {fate}")
-    if POSITIONS in own and rows(weights, POSITIONS) != rows(own, POSITIONS):
-        adapted.pop(POSITIONS, None)
-        notes.append(f"the position table is recomputed for {rows(own, POSITIONS)} tokens")
-    for name in (LABELS, POSITIONS):
+    positions = [name for name in own if name.endswith(POSITIONS)]      # of a ViT encoder, too
+    for name in positions:
+        if rows(weights, name) != rows(own, name):
+            adapted.pop(name, None)
+            notes.append(f"the position table is recomputed for {rows(own, name)} tokens")
+    for name in (LABELS, *positions):
         if name in own:
             adapted.setdefault(name, own[name])                         # where they were removed
 

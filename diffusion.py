@@ -10,7 +10,8 @@ everything below needs only these methods of a process:
     levels(n)             n levels from noise to clean, for a sampler
     scales(level)         a and s
     prior(noise, level)   the x from which sampling starts
-    predict(f, x, level)  the clean image and the noise that the network sees in x
+    predict(f, x, level)  the clean image and the noise that the network sees in x, and where the
+                          variance of a random step lies (0: beta-tilde, 1: beta)
     noise_level(t)        sigma = s / a, from the t that the network sees
 
 f(x, t) is the network with its labels bound (`guided` below, or a lambda). Samplers step from each
@@ -277,7 +278,7 @@ class EDM:
         return 1.0, level or 0.0
 
     def prior(self, noise, level):
-        """Where sampling starts: noise at the first sigma (the image in it drowns)."""
+        """Where sampling starts: noise at the first sigma, beside which the image is negligible."""
         return level * noise
 
     def predict(self, f, x, level, clip=False):
@@ -340,7 +341,7 @@ class VE(EDM):
 # -------------------------------------------------------------------------------------------------
 # Guidance: wraps a network, which knows nothing of it
 
-NO_GUIDANCE = 0.01  # scales this near to 1 count as 1
+SCALE_TOLERANCE = 0.01  # scales this near to 1 count as 1
 
 
 def guided(
@@ -350,12 +351,13 @@ def guided(
     channels: int | None = None,
     exact: bool = False,
 ) -> Predictor:
-    """Classifier-free guidance (Ho & Salimans 2022): eps_null + s (eps_y - eps_null), both halves
-    in one call. model(x, t, y), y (B,) labels or None -> f(x, t).
+    """Classifier-free guidance (Ho & Salimans 2022, whose w is s - 1): eps_null + s (eps_y -
+    eps_null), both halves in one call; of EDM's F as of eps, since D is affine in F. model(x, t,
+    y), y (B,) labels or None -> f(x, t).
 
     scale: a number, or a function of t (B,) such as `power_cosine` or `interval`. Where it is no
-    further from 1 than NO_GUIDANCE for the whole batch (with exact: where it is 1), the null half
-    is not run. channels: guide only the first so many (3 in the published DiT and DiffiT); the
+    further from 1 than SCALE_TOLERANCE for the whole batch (with exact: where it is 1), the null
+    half is not run. channels: guide only the first so many (3 in the published DiT and DiffiT); the
     others, and the variance, come from the conditional half. UserError if a scale other than 1 has
     no labels.
     """
@@ -364,7 +366,7 @@ def guided(
             f"guidance of {scale} needs class labels, and this network has none; use a scale of 1"
         )
     # In DiffiT-256 43 % of the steps have such a scale; without the null half they cost half.
-    tolerance = 0 if exact else NO_GUIDANCE
+    tolerance = 0 if exact else SCALE_TOLERANCE
 
     def f(x, t):
         s = scale_at(scale, t).to(x)                                    # () or (B,)
@@ -413,7 +415,8 @@ def interval(scale, low, high, process):
 
 
 def steps(process, levels):
-    """(level, a, s, a', s') for each step; the last goes to the clean image, a' = 1 and s' = 0."""
+    """(level, a, s, a_next, s_next) for each step; the last goes to the clean image, a_next = 1 and
+    s_next = 0."""
     for level, target in zip(levels, [*levels[1:], None]):
         yield level, *process.scales(level), *process.scales(target)
 
@@ -424,14 +427,15 @@ def ddpm(
 ) -> Tensor:
     """Ancestral sampling (DDPM alg. 2) along any levels, with the process's own variance."""
     noise = noise or (lambda: torch.randn_like(x))
-    for level, a, s, a2, s2 in steps(process, levels):
+    for level, a, s, a_next, s_next in steps(process, levels):
         if watch:
             watch(level, x)
         x0, _, variance_mix = process.predict(f, x, level, clip)
-        beta = s**2 - (a / a2 * s2) ** 2                                # variance of this step
-        x = a2 * beta / s**2 * x0 + a / a2 * s2**2 / s**2 * x           # posterior mean, DDPM eq. 7
-        if s2 > 0:  # to a clean image no noise is added
-            low = math.log(beta * s2**2 / s**2)                         # beta-tilde
+        beta = s**2 - (a / a_next * s_next) ** 2                        # variance of this step
+        # The posterior mean, DDPM eq. 7.
+        x = a_next * beta / s**2 * x0 + a / a_next * s_next**2 / s**2 * x
+        if s_next > 0:  # to a clean image no noise is added
+            low = math.log(beta * s_next**2 / s**2)                     # beta-tilde
             high = math.log(beta)
             logvar = low + variance_mix * (high - low)
             x = x + torch.exp(torch.as_tensor(0.5 * logvar, dtype=x.dtype)) * noise()
@@ -445,13 +449,13 @@ def ddim(
     """DDIM (Song et al. 2021, eq. 12): eta 0 is deterministic (for EDM: Euler's method), eta 1 has
     DDPM's small variance."""
     noise = noise or (lambda: torch.randn_like(x))
-    for level, a, s, a2, s2 in steps(process, levels):
+    for level, a, s, a_next, s_next in steps(process, levels):
         if watch:
             watch(level, x)
         x0, eps, _ = process.predict(f, x, level, clip)
-        beta = s**2 - (a / a2 * s2) ** 2                                # variance of this step
-        var = eta**2 * beta * s2**2 / s**2                              # eq. 16, squared
-        x = a2 * x0 + math.sqrt(s2**2 - var) * eps                      # the rest of s2^2 is fresh
+        beta = s**2 - (a / a_next * s_next) ** 2                        # variance of this step
+        var = eta**2 * beta * s_next**2 / s**2                          # eq. 16, squared
+        x = a_next * x0 + math.sqrt(s_next**2 - var) * eps              # the rest is fresh noise
         if var > 0:
             x = x + math.sqrt(var) * noise()
     return x
@@ -479,7 +483,7 @@ def heun(
     gamma = min(churn / len(levels), math.sqrt(2) - 1)
     low, high = churn_interval or (0, math.inf)
     targets = [*levels[1:], None]
-    for target, (level, a, s, a2, s2) in zip(targets, steps(process, levels)):
+    for target, (level, a, s, a_next, s_next) in zip(targets, steps(process, levels)):
         if watch:
             watch(level, x)
         if gamma and low <= level <= high:
@@ -487,11 +491,11 @@ def heun(
             level = s = level * (1 + gamma)
             x = x + churn_noise * math.sqrt(s**2 - (s / (1 + gamma)) ** 2) * noise()
         eps = process.predict(f, x, level, clip)[1]
-        step = s2 / a2 - s / a                                          # in s/a
-        end = a2 * (x / a + step * eps)                                 # Euler's
+        step = s_next / a_next - s / a                                  # in s/a
+        end = a_next * (x / a + step * eps)                             # Euler's
         if target is not None:
             eps2 = process.predict(f, end, target, clip)[1]             # the slope at that end
-            end = a2 * (x / a + step * (eps + eps2) / 2)
+            end = a_next * (x / a + step * (eps + eps2) / 2)
         x = end
     return x
 
@@ -501,16 +505,16 @@ def dpmpp(process, f: Predictor, x: Tensor, levels: list, *, clip=False, watch=N
     """DPM-Solver++(2M) (Lu et al. 2022, alg. 2): second order by remembering the last x0, one call
     a step; first order in the first step and in the last, which goes to s = 0."""
     last, last_h = None, None
-    for level, a, s, a2, s2 in steps(process, levels):
+    for level, a, s, a_next, s_next in steps(process, levels):
         if watch:
             watch(level, x)
         x0 = process.predict(f, x, level, clip)[0]
-        if s2 == 0:
-            return a2 * x0
-        h = math.log(a2 / s2) - math.log(a / s)                         # in log signal-to-noise
+        if s_next == 0:
+            return a_next * x0
+        h = math.log(a_next / s_next) - math.log(a / s)                 # in log signal-to-noise
         # x0 half a step ahead, extrapolated from this one and the last.
         D = x0 if last is None else x0 + h / last_h / 2 * (x0 - last)
-        x = s2 / s * x - a2 * math.expm1(-h) * D
+        x = s_next / s * x - a_next * math.expm1(-h) * D
         last, last_h = x0, h
 
 

@@ -487,8 +487,8 @@ def test_parameter_counts_of_the_papers():
     # DiT Table 4, for patches of 2, 4 and 8
     paper = {"s": (33, 33, 33), "b": (130, 130, 131), "l": (458, 458, 459), "xl": (675, 675, 676)}
     for size, counts in paper.items():
-        for patch, count in zip((2, 4, 8), counts):
-            name = f"dit-{size}-{patch}"
+        for patch_size, count in zip((2, 4, 8), counts):
+            name = f"dit-{size}-{patch_size}"
             assert round(millions(name)) == count, (name, millions(name))
     # EDM's DDPM++ for CIFAR-10, less its weights for the nine augmentation labels
     assert diffit.measure(configs.PRESETS["ddpmpp-vp"])[0] == 55_733_891 - 9 * 128
@@ -1786,6 +1786,11 @@ def test_cifar_archives():
             assert found.labels_from == "the archive"
         (root / "cut.tar.gz").write_bytes(path.read_bytes()[:9000])
         refused(lambda: data.open_dataset(root / "cut.tar.gz", 32), "cut.tar.gz", "damaged")
+        with tarfile.open(root / "cifar-10-python.tar.gz", "w:gz") as tar:
+            info = tarfile.TarInfo("cifar-10-batches-py/data_batch_1")
+            info.size = 9
+            tar.addfile(info, io.BytesIO(b"pickled..."))
+        refused(lambda: data.open_dataset(root / "cifar-10-python.tar.gz", 32), "binary version")
 
 
 def test_data_that_cannot_be_used_is_refused():
@@ -1796,6 +1801,8 @@ def test_data_that_cannot_be_used_is_refused():
         np.savez(root / "other.npz", x=np.zeros(3))
         np.savez(root / "float.npz", np.zeros((2, 32, 32, 3), np.float32))
         np.savez(root / "short.npz", np.zeros((2, 32, 32, 3), np.uint8), arr_1=np.zeros(3, int))
+        with zipfile.ZipFile(root / "bare.npz", "w") as archive:
+            archive.writestr("arr_0", b"not an .npy")
         pictures(root / "mixed")
         Image.new("RGB", (8, 8)).save(root / "mixed/loose.png")
         for name, words in [
@@ -1807,6 +1814,7 @@ def test_data_that_cannot_be_used_is_refused():
             ("other.npz", ["arr_0", "found: x"]),
             ("float.npz", ["float32", "uint8"]),
             ("short.npz", ["arr_1", "2 images"]),
+            ("bare.npz", ["no array arr_0"]),
             ("mixed", ["unclear"]),
         ]:
             refused(lambda: data.open_dataset(root / name, 32), *words)
@@ -1827,6 +1835,9 @@ def test_data_that_cannot_be_used_is_refused():
         described.write_text('{"labels": null}')
         found = data.open_dataset(root / "one", 32)
         assert found.labels is None and found.labels_from == ""
+        # A folder that cannot be listed is an error: its class would shift all others.
+        with patch.object(os, "scandir", side_effect=PermissionError(13, "Permission denied")):
+            raises(PermissionError, lambda: data.open_dataset(root / "one", 32), "denied")
 
 
 def test_zips_with_unreadable_entries():
@@ -1896,6 +1907,8 @@ def test_fingerprints_are_of_what_a_data_set_holds():
         (moved / "apes/x.png").rename(moved / "apes/y.png")
         differs(fingerprint(moved))
         (moved / "apes").rename(moved / "bears")
+        differs(fingerprint(moved))
+        Image.new("RGB", (8, 8), "red").save(moved / "bears/y.png")
         differs(fingerprint(moved))
         images = np.stack([data.Shapes(32).read(i) for i in range(20)])
         np.savez(root / "a.npz", images, arr_1=np.arange(20))
@@ -2160,6 +2173,8 @@ def test_prepare_command():
             ((root / "pics", root / "none/new.zip", "--size", 16), ["none", "does not exist"]),
         ]:
             complains(data, "prepare", *args, words=words)
+        with patch.object(data, "rank_and_size", lambda: (1, 2)):
+            refused(lambda: data.prepare(root / "pics", new, 16), "without torchrun")
         assert not new.exists()
 
 
@@ -2636,6 +2651,11 @@ def test_training_on_latents():
         made = ("--num-images", 2, "--out", root / "x.png")  # the checkpoint names its VAE
         succeeds(sample, "--ckpt", root / "whole/last.pt", *made)
         assert Image.open(root / "x.png").size == (134, 68)
+        np.savez(root / "b.npz", images)
+        cache(root / "b.npz", root / "unlabelled", "--vae", vae, "--size", 16)
+        flags_without = ("--data", root / "unlabelled", "--num-classes", 0, "--cfg-scale", 1)
+        flags_without += ("--kimg", 0.004, "--out", root / "without")
+        assert "classes by" not in succeeds(train, "--preset", "tiny", *flags_without)
         other = vae_file(root / "w.safetensors", gain=1.1)
         for args, words in [
             ((*flags, "--vae", other), ["w.safetensors", "is not the one that made", f"{root}/z"]),
@@ -3770,6 +3790,7 @@ def test_a_truncated_checkpoint_gives_way_to_the_one_before():
         last.write_bytes(last.read_bytes()[:3000])
         said = succeeds(train, *run)
         holds(said, ["last.pt is truncated", "resuming from", "previous.pt", "at 0.04 kimg"])
+        assert (root / "run/last.damaged.pt").stat().st_size == 3000, "the damaged file stays"
         resumed = torch.load(last, weights_only=True)
         assert same_training(resumed, tiny_run(root / "whole"))
         assert [entry["step"] for entry in log_of(root / "run")] == [2, 4, 5, 6, 8, 10]
@@ -3932,11 +3953,13 @@ def test_many_images_are_the_same_in_any_division():
         for i in (0, 4, 5, 9, 10):
             (root / f"two/{i:08}.png").unlink()
         run = (sample, "--ckpt", path, *MANY, "--npz", root / "two.npz", "--batch", 2)
+        run += ("--gif", root / "two.gif")
         (code, said), (other_code, other_said) = commands_in_two_processes(run)[0]
         assert code == other_code == 0, (said, other_said)
         assert "wrote" in said and other_said == "", "the second process says nothing"
         images, order = arrays(root / "two.npz")
         assert most_different(images, whole) <= 1 and order == labels
+        assert Image.open(root / "two.gif").n_frames == 4 and not list(root.glob(".*"))
 
 
 def test_images_that_are_missing_are_generated():
@@ -3975,8 +3998,12 @@ def test_images_that_are_missing_are_generated():
         assert most_different(resumed, whole) <= 1 and order == labels
         again, _, generated = npz_of(path, root, "again", "--dir", images, "--batch", 1)
         assert generated == [] and np.array_equal(again, resumed)
+        Image.new("RGB", (32, 32)).save(images / "0.png")  # somebody else's
         first, _, _ = npz_of(path, root, "first", "--num-images", 4, "--dir", images)
         assert np.array_equal(first, resumed[:4]), "the first of a folder that holds more"
+        (images / "00000002.png").write_bytes(b"damaged")
+        run = ("--ckpt", path, *MANY, "--npz", root / "damaged.npz", "--dir", images)
+        complains(sample, *run, words=["00000002.png", "cannot be read", "remove it"])
 
 
 def test_folders_of_other_things_are_kept():
@@ -4498,7 +4525,8 @@ def test_scores_of_samples_in_one_process_and_in_two():
         expected, provenance = scores_in(said)
         words = ["11 images by the EMA weights of", "dpmpp, 3 steps, guidance 2", "classes 3,1"]
         words += ["seed 0", str(ref), "bilinear", "fp32"]
-        holds(provenance, [*words, *map(data.file_hash, (path, ref, weights[1]))])
+        words += [data.weights_hash(load_model(path)[0])]
+        holds(provenance, [*words, *map(data.file_hash, (ref, weights[1]))])
         images = ("--images", root / "one.npz", "--score", ref, *weights, "--force")
         assert scores_in(succeeds(sample, *images))[0] == expected
         raw, provenance = scores_in(succeeds(sample, *score, root / "raw", "--no-ema"))
@@ -4668,7 +4696,7 @@ def test_the_best_checkpoint_by_other_scores_is_kept():
             before = (out / "best.pt").read_bytes()
             run = (*TINY, "--out", out, *flags)
             others = (*run, "--kimg", 0.096, "--score-n", 12)
-            words = ["best.pt", "by other scores", "move it", "or score as before"]
+            words = ["best.pt", "by other scores", "move it", "score as before"]
             complains(train, *others, words=words)
             assert (out / "best.pt").read_bytes() == before
             (out / "best.pt").rename(out / "best-of-10.pt")

@@ -6,6 +6,7 @@ from where it stands: the order of the data from (seed, place), the noise, times
 labels from (seed, step, micro-batch), whichever process works on that micro-batch.
 """
 
+import argparse
 import contextlib
 import copy
 import dataclasses
@@ -42,7 +43,8 @@ from configs import Config, Parser, UserError, on_rank_0, rank_and_size, say
 class GradientAverager:
     """Adds up the gradients of all processes while the backward pass still runs. (Each process has
     divided its loss by the size of the whole batch, so the sum is the mean.) Every process then
-    holds the same gradients, and so keeps the same weights.
+    holds the same gradients, and so keeps the same weights. Ours, and not torch's
+    DistributedDataParallel, so that it can be read.
 
     Parameters share buckets of about `bucket_mb`, in reverse order: the last layers have their
     gradients first. A full bucket's all-reduce starts at once; buckets go in turn, so that all
@@ -62,7 +64,12 @@ class GradientAverager:
             self.buckets[-1].append(p)
             size += p.nbytes
         self.bucket_of = {p: k for k, bucket in enumerate(self.buckets) for p in bucket}
-        self.sums = [torch.cat([p.detach().flatten() for p in bucket]) for bucket in self.buckets]
+        self.sums = [
+            torch.empty(
+                sum(p.numel() for p in bucket), dtype=bucket[0].dtype, device=bucket[0].device
+            )
+            for bucket in self.buckets
+        ]
         for p in parameters:
             dist.broadcast(p.data, 0)
             p.register_post_accumulate_grad_hook(self.on_gradient)
@@ -92,7 +99,7 @@ class GradientAverager:
         """After that backward pass: wait, and give each parameter its sum."""
         if self.alone:
             return
-        for work, total, bucket in zip(self.sent, self.sums, self.buckets):
+        for work, total, bucket in zip(self.sent, self.sums, self.buckets, strict=True):
             work.wait()
             for p, grad in zip(bucket, total.split([p.numel() for p in bucket])):
                 p.grad = grad.view_as(p)
@@ -155,7 +162,7 @@ class Trainer:
         self.model.to(device).train()
         self.parameters = list(self.model.parameters())
         self.averager = GradientAverager(self.parameters)  # from here on, weights are rank 0's
-        self.ema = EMA(self.model, cfg)
+        self.ema = EMA(self.model, cfg)  # a copy, so before blocks are compiled
         betas = (0.9, cfg.beta2)
         self.optimizer = torch.optim.AdamW(
             self.parameters, cfg.lr, betas, 1e-8, cfg.weight_decay, fused=True
@@ -194,18 +201,18 @@ class Trainer:
         }
         return {name: part for name, part in parts.items() if part is not None}
 
-    def step(self, step, batches, watch=False):
+    def step(self, step, batches, with_condition=False):
         """One step, on this process's next micro-batches (x, y, unreadable).
 
         -> columns, norms. columns: per image of the whole batch, a dict of (batch_size,) tensors,
-        its noise level, weight and losses, with watch also the norm of its condition vector.
+        its noise level, weight and losses, and if asked for the norm of its condition vector.
         norms (1 + parts,): of the gradient and of each of its parts; None if it was not finite, and
         then nothing changed but what cfg.nonfinite_grads says."""
         cfg = self.cfg
         columns = []
         for k in self.mine:
             x, y, _ = next(batches)
-            columns.append(self.accumulate(x, y, step, k, watch))
+            columns.append(self.accumulate(x, y, step, k, with_condition))
         self.averager.finish()
         columns = gather_columns(columns)
         self.scaler.unscale_(self.optimizer)
@@ -233,7 +240,7 @@ class Trainer:
         self.optimizer.step()
         self.ema.update(images)
 
-    def accumulate(self, x, y, step, k, watch):
+    def accumulate(self, x, y, step, k, with_condition):
         """Forward and backward pass of micro-batch k of a step -> its columns, (b,) each.
         x (b, C, H, W) uint8 or latents, y (b,)."""
         cfg = self.cfg
@@ -258,8 +265,8 @@ class Trainer:
         self.scaler.scale(loss).backward()
         columns = {"t": t, "weight": weight}
         columns |= {name: value.detach() for name, value in losses.items()}
-        if watch:
-            with torch.no_grad():
+        if with_condition:
+            with torch.no_grad():  # drops labels anew; it is the distribution that matters
                 c = self.model.condition(times[0], y, augmented)  # (b, D)
             columns["condition"] = c.norm(dim=1)
         return columns
@@ -304,7 +311,12 @@ def parts_of(model):
 
 
 def save_checkpoint(
-    path: Path, cfg: Config, step: int, trainer: Trainer, progress: "Progress", stays: Path = None
+    path: Path,
+    cfg: Config,
+    step: int,
+    trainer: Trainer,
+    progress: "Progress",
+    stays: Path | None = None,
 ) -> None:
     """Everything that a run needs to resume, and sample.py to sample: tensors and plain values.
 
@@ -332,7 +344,10 @@ def save_checkpoint(
                 hardlink_or_copy(path, path.with_name("previous.pt"))
     except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError on a full disk
         why = configs.first_line(error)
-        raise OSError(f"{path} could not be written ({why}); what was there is whole") from None
+        raise OSError(
+            f"{path} could not be written ({why}) and is as it was; make room, and run the same "
+            f"command again"
+        ) from None
     if stays and cfg.keep:
         for old in numbered(path.parent)[: -cfg.keep]:
             old.unlink()
@@ -353,7 +368,7 @@ def load_checkpoint(path: Path, cfg: Config, trainer: Trainer, progress: "Progre
 
 
 def latest_checkpoint(out):
-    """The newest whole checkpoint in the folder, or None. A damaged one is named, and passed over.
+    """The newest whole checkpoint in the folder, or None. A damaged one is named, and skipped.
     UserError if all are damaged."""
     last = out / "last.pt"
     files = [last, out / "previous.pt", *reversed(numbered(out))]
@@ -366,8 +381,10 @@ def latest_checkpoint(out):
             continue
         for error in errors:
             say(f"{error}; resuming from {file}")
-        if file != last:
-            hardlink_or_copy(file, last)  # lest the damaged one become previous.pt
+        if file != last:  # so that the next save does not make a damaged file previous.pt
+            if last.exists():
+                os.replace(last, out / "last.damaged.pt")
+            hardlink_or_copy(file, last)
         return file
     if errors:
         raise UserError(f"{'; '.join(errors)}; give another --out, or --overwrite to start again")
@@ -393,8 +410,8 @@ def hardlink_or_copy(source, dest):
 # -------------------------------------------------------------------------------------------------
 # The output folder
 
-# A run may change its length, its machine, where its data lie, how it is watched and how its
-# samples are generated; nothing else. (That the data are the same, their fingerprint tells.)
+# A run may change its length, its machine, the place of its data, its log and the sampling of its
+# images; nothing else. (The data are the same if their fingerprint is.)
 MAY_CHANGE = {
     *("kimg", "data", "micro_batch", "compile", "grad_checkpointing", "workers"),
     *("tick_kimg", "sample_kimg", "save_kimg", "keep"),
@@ -405,13 +422,14 @@ MAY_CHANGE = {
 
 def refuse_another_run(theirs, their_data, cfg, our_data, path):
     """UserError if a run's config (a dict) or the fingerprint of its data differ from ours."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     theirs = {configs.RENAMED.get(name, name): value for name, value in theirs.items()}
-    theirs = json.loads(json.dumps(theirs))
+    theirs = json.loads(json.dumps({**defaults, **theirs}))  # earlier versions had fewer fields
     ours = json.loads(json.dumps(dataclasses.asdict(cfg)))  # tuples become lists, as in config.json
     differ = [
-        f"{name} is {theirs.get(name)!r} there and {ours[name]!r} here"
+        f"{name} is {theirs[name]!r} there and {ours[name]!r} here"
         for name in ours
-        if name not in MAY_CHANGE and ours[name] != theirs.get(name)
+        if name not in MAY_CHANGE and ours[name] != theirs[name]
     ]
     # Runs of earlier versions have no fingerprint; their data must be where they were.
     same_data = their_data == our_data if their_data else theirs["data"] == cfg.data
@@ -425,8 +443,8 @@ def refuse_another_run(theirs, their_data, cfg, our_data, path):
 
 
 # What train.py writes into its folder, config.json last: it marks the folder as ours.
-OUTPUTS = ["log.jsonl", "loss.png", "samples-*.png", "last.pt", "previous.pt", "best.pt"]
-OUTPUTS += ["config.json"]
+OUTPUTS = ["log.jsonl", "loss.png", "samples-??????.png", "last.pt", "last.damaged.pt"]
+OUTPUTS += ["previous.pt", "best.pt", "config.json"]
 
 
 def open_folder(out, cfg, dataset, overwrite):
@@ -472,7 +490,7 @@ def write_text(path, text):
 
 
 # -------------------------------------------------------------------------------------------------
-# What one sees: a line, a log, curves
+# Progress: a line, a log, curves
 
 
 class Progress:
@@ -505,8 +523,8 @@ class Progress:
 
     def load(self, state, step):
         """The state of a checkpoint, and the log as it was at its step."""
-        columns = state["columns"] if "columns" in state else state["seen"]  # its earlier name
-        self.columns = [{n: c.to(self.device) for n, c in step.items()} for step in columns]
+        steps = state["columns"] if "columns" in state else state["seen"]  # its earlier name
+        self.columns = [{n: c.to(self.device) for n, c in columns.items()} for columns in steps]
         self.norms = [norms.to(self.device) for norms in state["norms"]]
         self.skipped = state["skipped"]
         self.unreadable.found = state["unreadable"]
@@ -715,10 +733,9 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """While it is entered, SIGINT and SIGTERM ask the loop to end after the step at hand; another
+    """Inside the with block, SIGINT and SIGTERM ask the loop to end after the current step; another
     one, more than three seconds later, ends it at once. (torchrun waits 30 seconds for the step and
-    the save, or what TORCH_ELASTIC_SHUTDOWN_TIMEOUT says.) Outside a main thread it does nothing.
-    """
+    the save, or TORCH_ELASTIC_SHUTDOWN_TIMEOUT.) Outside a main thread it does nothing."""
 
     def __init__(self):
         self.number = 0
@@ -805,15 +822,19 @@ def total_steps(cfg):
 
 def reached(cfg, kimg, done):
     """Did the last of `done` steps reach another multiple of kimg, or the end of the run?"""
-    before = (done - 1) * cfg.batch_size // (1000 * kimg)
-    now = done * cfg.batch_size // (1000 * kimg)
-    return now > before or done == total_steps(cfg)
+
+    def multiples(steps):  # rounded, because 16.1 kimg are 16100.000000000002 images
+        return math.floor(round(steps * cfg.batch_size / (1000 * kimg), 6))
+
+    return multiples(done) > multiples(done - 1) or done == total_steps(cfg)
 
 
 def resume(out, cfg, trainer, progress):
     """Put the run back to its latest checkpoint, if there is one -> the step to begin with."""
     file = on_rank_0(lambda: latest_checkpoint(out))
     if not file:
+        if progress.writes and progress.path.exists():
+            say(f"there is no checkpoint in {out}; starting from the beginning")
         return 0
     step = load_checkpoint(file, cfg, trainer, progress)
     if progress.writes:
@@ -850,26 +871,26 @@ def train(
                 scores.compute(start, stop)
             for step in range(start, total):
                 done = step + 1
-                ticks = reached(cfg, cfg.tick_kimg, done)
-                samples = reached(cfg, cfg.sample_kimg, done)
-                stays = reached(cfg, cfg.save_kimg, done)
+                tick_due = reached(cfg, cfg.tick_kimg, done)
+                grid_due = reached(cfg, cfg.sample_kimg, done)
+                number_due = reached(cfg, cfg.save_kimg, done)
 
                 began = time.time()
-                columns, norms = trainer.step(step, loader, watch=ticks)
+                columns, norms = trainer.step(step, loader, tick_due)
                 seconds = time.time() - began
                 waited, unreadable = loader.collect()
                 signalled, unreadable = sync_status(stop, unreadable, device)
                 progress.add(columns, norms, unreadable, seconds, waited)
                 refuse_divergence(cfg, out, progress, step)
 
-                if ticks:
+                if tick_due:
                     progress.tick(trainer, done, columns["condition"])
                 else:
                     progress.show(trainer, done)
-                if samples:  # before the checkpoint: a run killed here makes them again
+                if grid_due:  # before the checkpoint: a run killed here makes it again
                     save_pictures(cfg, out, trainer, progress, vae, done)
-                if samples or stays or signalled or scores.due(done):
-                    save_run(cfg, out, trainer, progress, done, stays)
+                if grid_due or number_due or signalled or scores.due(done):
+                    save_run(cfg, out, trainer, progress, done, number_due)
                 if scores.due(done) and not signalled:
                     scores.compute(done, stop)
                 if signalled and (done < total or scores.due(done)):
@@ -886,7 +907,7 @@ def refuse_divergence(cfg, out, progress, step):
     raise UserError(
         f"non-finite gradients in 10 steps in a row, up to step {step} "
         f"({step * cfg.batch_size / 1000:g} kimg); the last good checkpoint is "
-        f"{last if last.exists() else 'yet to be written'}; lower --lr"
+        f"{last if last.exists() else 'yet to be written'}; start again with a lower --lr"
     )
 
 
@@ -898,15 +919,16 @@ def save_pictures(cfg, out, trainer, progress, vae, done):
     """The grid of samples, always of the same noise and classes, and the curves."""
     if vae or cfg.in_channels == 3:
         path = out / f"samples-{name_by_kimg(cfg, done)}.png"
-        sample.save_samples(trainer.ema.model, cfg, path, vae)
+        batch = min(64, trainer.micro)
+        sample.save_samples(trainer.ema.model, cfg, path, vae, batch=batch)
     on_rank_0(lambda: draw_curves(progress.log, out / "loss.png"))
 
 
-def save_run(cfg, out, trainer, progress, done, stays):
-    """last.pt, and with stays a numbered checkpoint."""
-    number = out / f"{name_by_kimg(cfg, done)}.pt" if stays else None
+def save_run(cfg, out, trainer, progress, done, numbered):
+    """last.pt, and if asked for a numbered checkpoint that stays."""
+    stays = out / f"{name_by_kimg(cfg, done)}.pt" if numbered else None
     last = out / "last.pt"
-    on_rank_0(lambda: save_checkpoint(last, cfg, done, trainer, progress, number))
+    on_rank_0(lambda: save_checkpoint(last, cfg, done, trainer, progress, stays))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -927,10 +949,11 @@ class SampleScores:
         self.scorer = scorer
         if scorer:
             self.vae_hash = data.weights_hash(vae) if vae else ""
-            # Only scores of one kind compare: of as many samples, made and measured alike.
-            settings = sample.provenance(cfg, "EMA weights", self.vae_hash)
-            hashes = f"{scorer.hash}; {scorer.inception_hash}"
-            self.kind = f"{cfg.score_n}; {settings}; {hashes}"
+            # Only scores of one kind compare: of as many samples, generated and measured alike.
+            settings = [getattr(cfg, name) for name in configs.SAMPLING if name != "vae"]
+            settings += [cfg.score_n, configs.arithmetic(cfg.precision, trainer.device)]
+            hashes = [self.vae_hash, scorer.hash, scorer.inception_hash, scorer.resize]
+            self.kind = data.content_hash(settings, hashes)
             self.refuse_another_best()
 
     def refuse_another_best(self):
@@ -939,15 +962,16 @@ class SampleScores:
         best = self.out / "best.pt"
         if kinds and kinds[-1] != self.kind and best.exists():
             raise UserError(
-                f"{best} was the best by other scores (of another number, reference or sampler); "
-                f"move it elsewhere, or score as before"
+                f"{best} was the best by other scores (another number of samples, reference or "
+                f"sampler), and these do not compare; move it elsewhere, or score as before"
             )
 
     def due(self, done):
         """Are scores due after so many steps, and not there yet?"""
         if not self.scorer or not done or not reached(self.cfg, self.cfg.score_every, done):
             return False
-        return not any("fid" in entry and entry["step"] == done for entry in self.progress.log)
+        log = self.progress.log
+        return not any(e.get("kind") == self.kind and e["step"] == done for e in log)
 
     def compute(self, done, stop):
         """Right after the checkpoint of this step: killed or stopped at any point, the run resumes
@@ -960,8 +984,6 @@ class SampleScores:
         scores = on_rank_0(lambda: self.scorer.compare(stats))
         log = self.progress.log
         before = [entry["fid"] for entry in log if entry.get("kind") == self.kind]
-        if scores["fid"] < min(before, default=math.inf):
-            on_rank_0(lambda: hardlink_or_copy(self.out / "last.pt", self.out / "best.pt"))
         weights = f"EMA weights ({data.weights_hash(model)})"
         maker = sample.provenance(cfg, weights, self.vae_hash)
         count = sample.format_count(cfg.score_n)
@@ -972,7 +994,9 @@ class SampleScores:
             "kind": self.kind,
             "provenance": f"{count} by the {maker}; {self.scorer.provenance()}",
         }
-        self.progress.write(entry)  # last: from here on they are not due again
+        if scores["fid"] < min(before, default=math.inf):
+            on_rank_0(lambda: hardlink_or_copy(self.out / "last.pt", self.out / "best.pt"))
+        self.progress.write(entry)  # from here on they are not due again
         on_rank_0(lambda: draw_curves(log, self.out / "loss.png"))
         if self.progress.writes:
             say(f"kimg {entry['kimg']:.1f}  {sample.format_scores(scores)}")
@@ -1068,7 +1092,7 @@ def open_scorer(cfg, vae, force):
     few images, and as sample.Scorer says it."""
     if not cfg.score_every:
         if force:
-            raise UserError("--force is for --score-every, which is not given")
+            raise UserError("--force is for --score-every KIMG, which is not given; leave it out")
         return None
     if cfg.in_channels != 3 and not vae:
         raise UserError(
@@ -1121,7 +1145,7 @@ def describe(name, cfg, network, dataset, device):
         f"{name} ({source}): {cfg.model} of {millions:.2f}M parameters, {len(dataset)} images from "
         f"{cfg.data}, {cfg.kimg:g} kimg, {device.type} in {arithmetic}{processes}"
     )
-    if dataset.labels_from:
+    if dataset.labels is not None and dataset.labels_from:
         describe_classes(cfg, dataset)
     if device.type == "cpu" and arithmetic == "fp32":
         say("this CPU has no fast bf16 (AMX): expect a few times the time of one that has it")
@@ -1148,8 +1172,8 @@ def main():
         usage="train.py [--preset NAME] [--data PATH] [--out DIR] [--FIELD VALUE ...]",
         description="Train a network; the same command again resumes. A preset is a Config with a "
         "name; each flag below the first group replaces a field of it.",
-        epilog="The defaults are those of Config; a preset has its own. On several processes: "
-        "torchrun --nproc_per_node=8 train.py ...",
+        epilog="The defaults are those of the preset: try --preset ffhq64 --help. On several "
+        "processes: torchrun --nproc_per_node=8 train.py ...",
     )
     group = parser.add_argument_group("run")
     group.add_argument(
@@ -1173,7 +1197,7 @@ def main():
         metavar="N",
         help="only time N steps (default: 20)",
     )
-    parser.add_config()
+    parser.add_config(shown=shown_preset())
     args = vars(parser.parse_args())
     configs.run_command(
         parser,
@@ -1181,6 +1205,14 @@ def main():
         "pass a smaller --micro-batch, or --grad-checkpointing",
         "the same command, without --overwrite, resumes from the last checkpoint",
     )
+
+
+def shown_preset():
+    """The preset whose values --help shows: the one on the command line, if it exists."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--preset", nargs="?")
+    name = finder.parse_known_args()[0].preset
+    return configs.PRESETS.get(name, configs.PRESETS["shapes"])
 
 
 def run(args):
