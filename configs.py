@@ -621,7 +621,7 @@ def run_command(parser, act, if_out_of_memory="", if_process_lost=""):
     try:
         join_processes()
         stopped = act()
-        leave_processes()
+        leave_processes()  # after an error the others end by themselves, with a sentence
     except (UserError, OSError) as error:
         if getattr(error, "shared", False) and rank_and_size()[0]:
             sys.exit(2)  # rank 0 prints it for all
@@ -725,7 +725,7 @@ def on_rank_0(act):
     OSError is raised in all, too, marked `shared`: rank 0 will print it."""
     if rank_and_size()[1] == 1:
         return act()
-    all_gather_object(None)
+    all_gather_object(None)  # a barrier: rank 0 acts once all have arrived
     result = error = None
     if rank_and_size()[0] == 0:
         try:
@@ -801,6 +801,7 @@ def format_speed(images_per_s, multiply_adds, precision, device):
     memory = peak_memory(device)
     side = 8192 if device.type == "cuda" else 2048
     a = torch.randn(side, side, device=device)
+    # What this machine reaches here and now, beside whatever else it does.
     with torch.no_grad(), autocast(precision, device):
         product = 2 * side**3 / seconds_per_call(lambda: a @ a, 10, device, warmup=3) * size
     rate = 2 * multiply_adds * images_per_s
@@ -846,6 +847,7 @@ def live_line(text):
     """Progress on stderr: on a terminal one line that is rewritten in place and never wider than
     the terminal; elsewhere at most one line a minute."""
     if sys.stderr.isatty():
+        # One column less than there are: a full line would move the cursor to the next one.
         width = terminal_width() - 1
         text = text[:width]
         padded = text.ljust(min(LIVE.length, width))  # erases a longer line
@@ -873,7 +875,7 @@ class LIVE:
 def terminal_width():
     """Columns of the terminal that stderr goes to; 80 where it does not say."""
     try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80  # 0: unknown
     except OSError:
         return 80
 

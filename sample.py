@@ -140,6 +140,7 @@ def generate(
             x = [torch.randn(shape, generator=generator) for generator in generators]
             return torch.stack(x).to(device)
 
+        # The prior and every random step draw from these, image by image.
         y = labels_of(chunk, cfg, classes, seed)
         y = None if y is None else torch.from_numpy(y).to(device)
         f = diffusion.guided(model, y, scale, cfg.cfg_channels or None, cfg.cfg_exact)
@@ -212,6 +213,7 @@ def save_samples(model, cfg, path, vae=None, n=None, classes=None, seed=0, batch
     columns = grid_columns(cfg, classes)
     n = n or 4 * (columns or 9)
     rank, size = rank_and_size()
+    # Every size-th image each, so that the work is even; put together again in order.
     mine = generate(model, cfg, range(rank, n, size), classes, seed, batch)
     mine = [to_images(x, cfg, vae) for x, _ in mine]
     parts = configs.all_gather_object(np.concatenate(mine) if mine else None)
@@ -273,6 +275,7 @@ def open_images_folder(folder, settings):
 
 def missing_images(folder, n):
     """The indices below n that have no image yet."""
+    # Files appear whole (atomic_write), but after a power failure they may be empty.
     there = {entry.name for entry in os.scandir(folder) if entry.stat().st_size}
     return [i for i in range(n) if f"{i:08}.png" not in there]
 
@@ -283,7 +286,7 @@ def make_images(model, cfg, vae, folder, n, classes=None, seed=0, batch=64):
     rank, size = rank_and_size()
     start = time.time()
     missing = configs.on_rank_0(lambda: missing_images(folder, n))
-    batch = min(batch, max(1, math.ceil(len(missing) / size)))
+    batch = min(batch, max(1, math.ceil(len(missing) / size)))  # all processes get some
     mine = missing[rank::size]
     chunks = [mine[k : k + batch] for k in range(0, len(mine), batch)]
     done = 0
@@ -637,6 +640,7 @@ def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -> tupl
     centre = real.mean(0)  # |a|^2 + |b|^2 - 2ab loses fewer digits around 0
     real = (real - centre).float()
     fake = (fake - centre).float()
+    # All distances are squared: only their order matters.
     real_radii = squared_radii(real, k)
     fake_radii = squared_radii(fake, k)
     precise = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
@@ -1136,7 +1140,7 @@ def many_images(args, model, cfg, vae, classes):
     settings |= {"seed": args.seed, "classes": classes}
     settings["precision"] = configs.arithmetic(cfg.precision, configs.default_device())
     configs.on_rank_0(lambda: open_images_folder(folder, settings))
-
+    # Nothing is written before this line; from here on, what is there is resumed.
     make_images(model, cfg, vae, folder, n, classes, args.seed, args.batch)
     images = data.ImageFiles(folder)
     images.names = [f"{i:08}.png" for i in range(n)]  # whatever else may lie there

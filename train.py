@@ -56,7 +56,7 @@ class GradientAverager:
         self.buckets = []
         if self.alone:
             return
-        size = math.inf
+        size = math.inf  # of the last bucket, so that the first parameter opens one
         for p in reversed(parameters):
             if size + p.nbytes > bucket_mb * 2**20:
                 self.buckets.append([])
@@ -70,6 +70,7 @@ class GradientAverager:
             )
             for bucket in self.buckets
         ]
+        # All processes draw the same weights, but weights of a file may differ between machines.
         for p in parameters:
             dist.broadcast(p.data, 0)
             p.register_post_accumulate_grad_hook(self.on_gradient)
@@ -88,6 +89,7 @@ class GradientAverager:
     def on_gradient(self, p):
         if self.active:
             self.missing[self.bucket_of[p]] -= 1
+            # A bucket that is full early waits for its turn: all processes must send in one order.
             while len(self.sent) < len(self.buckets) and not self.missing[len(self.sent)]:
                 self.send(len(self.sent))
 
@@ -126,7 +128,7 @@ class EMA:
         """The share of the old average that stays, in a step that begins after so many images."""
         if self.cfg.ema_decay:
             return self.cfg.ema_decay
-        halflife = 1000 * self.cfg.ema_halflife_kimg
+        halflife = 1000 * self.cfg.ema_halflife_kimg  # in images
         if self.cfg.ema_rampup:
             halflife = min(halflife, self.cfg.ema_rampup * images)
         return 0.5 ** (self.cfg.batch_size / max(halflife, 1e-8))
@@ -167,6 +169,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.parameters, cfg.lr, betas, 1e-8, cfg.weight_decay, fused=True
         )
+        # fp16 has few exponents: losses are scaled up, so that small gradients do not vanish.
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
         self.process = diffusion.build(cfg)
         self.timesteps = None
@@ -216,6 +219,7 @@ class Trainer:
         self.averager.finish()
         columns = gather_columns(columns)
         self.scaler.unscale_(self.optimizer)
+        # From here on all processes hold the same numbers, and so take the same decisions.
         norms = self.gradient_norms()
         finite = bool(norms[0].isfinite())
         if finite:
@@ -246,6 +250,7 @@ class Trainer:
         cfg = self.cfg
         x = data.to_network(x.to(self.device, non_blocking=True))  # pixels in [-1, 1]
         y = y.to(self.device, non_blocking=True) if cfg.num_classes else None
+        # Noise, timesteps and dropped labels: the same whichever process has this micro-batch.
         torch.manual_seed(configs.seed_from(cfg.seed, step, k))
         t, weight = self.draw_noise_levels(len(x))
         augmented = None
@@ -261,6 +266,7 @@ class Trainer:
             losses = self.process.loss(network, x, t)  # each (b,)
         if k == self.mine[-1]:
             self.averager.start()
+        # Divided by the whole batch: gradients of micro-batches and processes just add up.
         loss = (weight * losses["loss"]).sum() / cfg.batch_size
         self.scaler.scale(loss).backward()
         columns = {"t": t, "weight": weight}
@@ -337,7 +343,7 @@ def save_checkpoint(
             with open(temporary, "wb") as file:
                 torch.save(state, file)
                 file.flush()
-                os.fsync(file.fileno())
+                os.fsync(file.fileno())  # on the disk before the rename, should the power fail
             if stays:  # before path says that this step is done
                 hardlink_or_copy(temporary, stays)
             if path.exists():
@@ -400,7 +406,7 @@ def numbered(out):
 def hardlink_or_copy(source, dest):
     """A second name for a file, in place of what dest was; a copy where there are no links."""
     with configs.atomic_write(dest) as temporary:
-        temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)  # of a run that was killed; a link needs a free name
         try:
             os.link(source, temporary)
         except OSError:
@@ -528,6 +534,7 @@ class Progress:
         self.norms = [norms.to(self.device) for norms in state["norms"]]
         self.skipped = state["skipped"]
         self.unreadable.found = state["unreadable"]
+        # What was logged after this checkpoint will be logged again.
         self.log = on_rank_0(lambda: read_log(self.path, step))
 
     def start(self, step):
@@ -618,7 +625,8 @@ class Progress:
             for name in ("loss", "mse", "vlb")
             if name in columns
         }
-        order = columns["t"].argsort(stable=True)  # from the least noise to the most
+        # Ranked, so that it works for timesteps and sigmas alike; from the least noise to the most.
+        order = columns["t"].argsort(stable=True)
         means["loss_quartiles"] = [
             ((weight * columns["loss"])[part].sum() / weight[part].sum()).item()
             for part in order.tensor_split(4)
@@ -628,6 +636,7 @@ class Progress:
 
     def line(self, entry):
         done = entry["step"]
+        # By the whole time since the start: steps, grids, checkpoints and scores.
         left = (self.total - done) * (time.time() - self.started) / max(done - self.first_step, 1)
         left = round(left)
         parts = [
@@ -665,7 +674,7 @@ def draw_curves(log, path):
         for entry in log:
             with contextlib.suppress(KeyError):
                 value = of(functools.reduce(operator.getitem, keys, entry))
-                if value > 0 and math.isfinite(value):
+                if value > 0 and math.isfinite(value):  # others have no place on a log scale
                     points.append((entry["kimg"], math.log10(value)))
         return name, points
 
@@ -754,6 +763,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     def ask(self, number, frame):
+        # Several at once are one request: torchrun and a scheduler both signal every process.
         if time.time() - self.first > 3:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -805,6 +815,7 @@ def sync_status(stop, unreadable, device):
     same in all processes."""
     if rank_and_size()[1] == 1:
         return stop.number, unreadable
+    # One small tensor in each step; the list itself only in the few steps that have one.
     status = torch.tensor([[stop.number], [len(unreadable)]], device=device)
     numbers, counts = configs.all_gather(status)
     if counts.any():
@@ -817,6 +828,7 @@ def sync_status(stop, unreadable, device):
 
 
 def total_steps(cfg):
+    # Rounded first: 0.07 kimg in batches of 10 are 7.000000000000001 steps to a computer.
     return math.ceil(round(cfg.kimg * 1000 / cfg.batch_size, 6))
 
 
@@ -1235,6 +1247,7 @@ def run(args):
     with torch.device("meta"):
         network = diffit.build(cfg)  # do the sizes fit? no memory is taken
     weights = None
+    # A run that is already there has weights of its own, which it resumes.
     if init_from and (overwrite or not (out / "last.pt").exists()):
         weights, notes = starting_weights(init_from, network)
         if first:
