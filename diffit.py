@@ -1,9 +1,9 @@
 """The networks: DiffiT in latent and in image space (arXiv 2312.02139), and DiT (arXiv 2212.09748).
 
-Every network is called model(x, t, y):
+Every network is called model(x, t, y=None, augmented=None):
 
     x (B, C, H, W)  noised images or latents
-    t (B,)          the noise level, as the process states it: a timestep, or EDM's ln(sigma) / 4
+    t (B,)          the noise level as the process states it: a timestep, EDM's ln(sigma) / 4, ...
     y (B,)          class indices; the index num_classes, or no y at all, means "no class"
     augmented       (B, 9), the labels of EDM's augmentation; only in networks built for it
 
@@ -12,7 +12,8 @@ embeddings, attention, blocks, the latent networks, the image-space U-Net, then 
 the paper compares these with, and last `build`, which turns a Config into a network.
 
 In comments: B images, N tokens on a g x g grid, D width, h heads, windows of w x w tokens and
-n x n of them on a grid, and c (B, D) the condition: time plus label.
+n x n of them on a grid, and c (B, D), in U-Nets (B, cond_size), the condition: the embeddings of
+time, label and augmentation, added up. Where a comment says "time", it means c.
 """
 
 import math
@@ -46,7 +47,7 @@ def check_heads(dim, num_heads):
 
 class TimestepEmbedder(nn.Module):
     """t (B,) -> (B, dim): cosines, then sines, of t * 10000^(-i / half) (as in ADM and DiT), then
-    an MLP. Always in fp32: in bf16, timesteps 998 to 1002 are all 1000."""
+    an MLP. Always in fp32: in bf16, timesteps 990 to 994 are all 992."""
 
     def __init__(self, dim, sinusoids=256):
         super().__init__()
@@ -345,7 +346,7 @@ class DiTHead(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------------
-# Latent networks
+# What all networks share, and the latent ones
 
 
 class Network(nn.Module):
@@ -638,8 +639,9 @@ class DiffiTUNet(Network):
     smaller grid is one window). cond_size: the width of c. block_options: DiffiTBlock's time_in.
     UserError if the sizes do not divide.
 
-    Where figure, tables and text differ: the decoder mirrors the encoder, with blocks of its own at
-    the coarsest resolution, and the resampling convolutions change the width.
+    The paper's figure, tables and text disagree; here the decoder mirrors the encoder, with blocks
+    of its own at the coarsest resolution, the resampling convolutions change the width, and skips
+    are concatenated.
     """
 
     encoder_class = Encoder
@@ -709,7 +711,8 @@ class Untimed(TMSA):
 
     def __init__(self, dim, num_heads, grid, cond_dim=0, window=0):
         super().__init__(dim, num_heads, grid, cond_dim, window)
-        self.qkv_temb = None                                            # made by TMSA, not used
+        # TMSA has made it all the same, so that all variants draw the same initial weights.
+        self.qkv_temb = None
 
     def forward(self, x, c):
         q, k, v = self.split_windows(self.qkv(x))
@@ -966,11 +969,12 @@ def ddpmpp_blocks(block, input_size, stem, channels, blocks):
 
 
 def stem_width(cond_size):
-    """DDPM++'s base width: 128 for a time token of 512. UserError if nothing is left of it."""
-    if cond_size < 4:
+    """DDPM++'s base width, and the number of its sinusoids: 128 for a time token of 512. UserError
+    if that is not an even number."""
+    if cond_size % 8:
         raise UserError(
-            f"a time token of {cond_size} is too narrow for DDPM++, which starts with a quarter of "
-            f"it; choose a width of 4 or more"
+            f"a time token of {cond_size} does not fit DDPM++, which starts with a quarter of it, "
+            f"half cosines and half sines; choose a multiple of 8"
         )
     return cond_size // 4
 
@@ -1093,8 +1097,8 @@ def build(cfg) -> nn.Module:
 
 
 def measure(cfg) -> tuple[int, float, int]:
-    """Of the network that a configs.Config describes: trained parameters, multiply-adds of a
-    forward pass of one image, and tokens. Counted on the meta device: nothing is computed."""
+    """The trained parameters, the multiply-adds of a forward pass of one image, and the tokens of
+    the network that a configs.Config describes. Counted on the meta device: nothing is computed."""
     with torch.device("meta"):
         model = build(cfg).eval()
         x = torch.empty(1, cfg.in_channels, cfg.input_size, cfg.input_size)
@@ -1116,7 +1120,7 @@ BIAS_TABLE = "relative_position_bias_table"
 
 
 def rows(state, name):
-    """Of a table in a state_dict, (rows, D) or (1, rows, D); 0 if there is none."""
+    """The number of rows of a table in a state_dict, (rows, D) or (1, rows, D); 0 without one."""
     return math.prod(state[name].shape[:-1]) if name in state else 0
 
 

@@ -3,10 +3,10 @@ remove it again.
 
 A process is `Diffusion` (DDPM: integer timesteps 0..T-1) or `EDM` (a continuous noise level sigma;
 `VP` and `VE` are EDMs with other coefficients). At each level an image is x = a x0 + s eps, and
-everything below needs only these methods of a process:
+everything below needs only these methods of a process (and heun's churn that a level is a sigma):
 
-    draw(B)               random levels for a training batch
-    loss(f, x0, t)        what training minimises, for each image
+    draw(B)               random levels (B,) for a training batch: timesteps, or sigmas
+    loss(f, x0, level)    what training minimises, for each image
     levels(n)             n levels from noise to clean, for a sampler
     scales(level)         a and s
     prior(noise, level)   the x from which sampling starts
@@ -14,9 +14,10 @@ everything below needs only these methods of a process:
                           variance of a random step lies (0: beta-tilde, 1: beta)
     noise_level(t)        sigma = s / a, from the t that the network sees
 
-f(x, t) is the network with its labels bound (`guided` below, or a lambda). Samplers step from each
-level of their list to the next one in it, and from the last one to the clean image: no strides, no
-special ends. Coefficients are float64 numbers on the CPU and meet the images as Python floats.
+f(x, t) is the network with its labels bound (`guided` below, or a lambda); t is what it sees of the
+level: the timestep itself, or c_noise. Samplers step from each level of their list to the next one
+in it, and from the last one to the clean image. Their coefficients are Python floats, computed in
+float64; those of losses and of EDM are tensors in the dtype of the images.
 """
 
 import math
@@ -352,19 +353,17 @@ def guided(
     exact: bool = False,
 ) -> Predictor:
     """Classifier-free guidance (Ho & Salimans 2022, whose w is s - 1): eps_null + s (eps_y -
-    eps_null), both halves in one call; of EDM's F as of eps, since D is affine in F. model(x, t,
-    y), y (B,) labels or None -> f(x, t).
+    eps_null), both halves in one call. For EDM the same mix applies to F, since D is affine in F.
+    model(x, t, y), y (B,) labels or None -> f(x, t).
 
     scale: a number, or a function of t (B,) such as `power_cosine` or `interval`. Where it is no
     further from 1 than SCALE_TOLERANCE for the whole batch (with exact: where it is 1), the null
-    half is not run. channels: guide only the first so many (3 in the published DiT and DiffiT); the
-    others, and the variance, come from the conditional half. UserError if a scale other than 1 has
+    half is not run. channels: the number of leading channels that are guided (3 in the published DiT
+    and DiffiT); the others, and the variance, come from the conditional half. UserError if a scale other than 1 has
     no labels.
     """
     if y is None and scale != 1.0:
-        raise UserError(
-            f"guidance of {scale} needs class labels, and this network has none; use a scale of 1"
-        )
+        raise UserError("guidance needs class labels, and none were given; use a scale of 1")
     # In DiffiT-256 43 % of the steps have such a scale; without the null half they cost half.
     tolerance = 0 if exact else SCALE_TOLERANCE
 
@@ -549,8 +548,8 @@ class LossAwareTimesteps:
         return t.to(device), (1 / (self.T * p[t])).float().to(device)
 
     def update(self, t: Tensor, losses: Tensor):
-        """Remember the unweighted losses (B,) of timesteps t (B,). All processes must be given the
-        losses of all, so that they agree on p."""
+        """Remember the unweighted losses (B,) of timesteps t (B,). Every rank must pass the losses of
+        all ranks, so that they agree on p."""
         # The same memory as numpy arrays, in which single elements are set faster.
         ring = self.losses.numpy()
         counts = self.counts.numpy()

@@ -916,7 +916,7 @@ def test_networks_refuse_sizes_that_do_not_fit():
         (lambda: diffit.DiffiTUNet(32, 3, (8, 8), (1,)), ["2 widths", "1 block"]),
         (lambda: diffit.DDPMpp(32, 3, (8, 8), (1,)), ["2 widths", "1 block"]),
         (lambda: diffit.DDPMpp(30, 3, (8, 8, 8), (1, 1, 1)), ["30", "4"]),
-        (lambda: diffit.DDPMpp(32, 3, (8, 8), (1, 1), cond_size=3), ["3", "narrow"]),
+        (lambda: diffit.DDPMpp(32, 3, (8, 8), (1, 1), cond_size=12), ["12", "multiple of 8"]),
         (lambda: diffit.DiffiT(**SMALL, time_in="kqv"), ["kqv", "token", "bias"]),
         (lambda: diffit.DiT(**SMALL, time_embedding="sin"), ["sin", "fourier"]),
         (lambda: diffit.Table4UNet(32, 3, (8, 8), (1, 1), encoder="Vit"), ["Vit", "plain"]),
@@ -1386,7 +1386,7 @@ def test_guidance():
     for scale in (0.0, 0.5, 1.02):
         run(scale)
     assert net.calls == [4, 4, 4], "a scale below 1 is guidance, too"
-    refused(lambda: guided(net, None, 2.0), "2.0", "class labels")
+    refused(lambda: guided(net, None, 2.0), "class labels", "scale of 1")
 
 
 def test_the_unguided_half_runs_where_it_matters():
