@@ -52,7 +52,7 @@ def nearest(word, known):
 
 def option(default, text, choices="", only="", positive=False, signed=False):
     """A field of Config. text: its --help. choices: the words it takes. only: the networks or
-    processes that it is for; elsewhere it must keep its default. Numbers are 0 or more, unless
+    processes that it applies to; elsewhere it must keep its default. Numbers are 0 or more, unless
     they must be positive or may be signed."""
     metadata = dict(
         help=text, choices=choices.split(), only=only.split(), positive=positive, signed=signed
@@ -81,9 +81,7 @@ class Config:
     """Everything that a run depends on. UserError where values do not fit one another."""
 
     # Data
-    data: str = option(
-        "", "shapes, or a folder, .zip, .npz, CIFAR archive or latents; required without a default"
-    )
+    data: str = option("", "shapes, or a folder, .zip, .npz, CIFAR archive or latents")
     vae: str = option("", "weights of the autoencoder that turns latents into images")
     xflip: bool = option(False, "mirror half of the images")
     augment: float = option(0.0, "probability of each of EDM's augmentations; pixels only")
@@ -145,7 +143,7 @@ class Config:
     schedule: str = option("linear", "noise schedule", choices="linear cosine", only="ddpm")
     fixed_variance: str = option(
         "small",
-        "variance of a sampling step without --learn-sigma",
+        "variance of a step without --learn-sigma: the posterior's, or beta",
         choices="small large",
         only="ddpm",
     )
@@ -177,7 +175,7 @@ class Config:
     )
     cfg_channels: int = option(0, "guide only the first channels; 0: all")
     cfg_exact: bool = option(
-        False, "evaluate the null class even where the scale is within 0.01 of 1"
+        False, "run the unconditional pass even where the scale is within 0.01 of 1"
     )
     cfg_interval: tuple = option((), "guide only at noise levels sigma from LOW to HIGH (LOW,HIGH)")
     eta: float = option(0.0, "noise of ddim: 0 none, 1 as much as ddpm")
@@ -230,7 +228,7 @@ class Config:
     score_every: float = option(0.0, "thousands of images between scores of EMA samples; 0: none")
     score_n: int = option(10_000, "samples per score")
     score_ref: str = option("", "reference of the scores, from sample.py --reference or ADM's")
-    inception: str = option("", "weights of Inception; default: found by their published name")
+    inception: str = option("", "weights of Inception; else found by their published name")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -254,10 +252,10 @@ class Config:
         if isinstance(value, str):
             return
         positive = field.metadata["positive"]
-        numbers = value if isinstance(value, tuple) else (value,)
-        if positive and not numbers:
+        parts = value if isinstance(value, tuple) else (value,)
+        if positive and not parts:
             raise UserError(f"{flag} is required for {here}; give a number for each resolution")
-        for number in numbers:
+        for number in parts:
             if not math.isfinite(number):
                 raise UserError(f"{flag} {value} must be finite")
             if positive and number <= 0:
@@ -371,7 +369,7 @@ def preset(name, source, fid, base={}, **changes):
     SOURCES[name] = source, fid
 
 
-# The built-in run, for two CPU cores. It trains at higher noise than EDM, where shapes are decided;
+# The built-in run, for two CPU cores. It trains at higher noise than EDM, which forms the outline;
 # with an embed_gain of 1 the tokens start small beside the blocks' output and learning starts late.
 preset(
     "shapes", "this project", None, data="shapes", num_classes=10, model="diffit",
@@ -523,14 +521,22 @@ def config_from_dict(values):
 def numbers(text):
     """'4,4,0.5' -> (4, 4, 0.5); whole numbers stay whole."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    return tuple(int(part) if part.lstrip("-").isdigit() else float(part) for part in parts)
+    try:
+        return tuple(int(part) if part.lstrip("-").isdigit() else float(part) for part in parts)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not numbers with commas, as 64,128"
+        ) from None
 
 
 def at_least(low):
     """A type of argparse: a whole number from `low` on."""
 
     def whole_number(text):
-        value = int(text)
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
         if value < low:
             raise argparse.ArgumentTypeError(f"{value} must be {low} or more")
         return value
@@ -626,9 +632,11 @@ def run_command(parser, act, if_out_of_memory="", if_process_lost=""):
         if getattr(error, "shared", False) and rank_and_size()[0]:
             sys.exit(2)  # rank 0 prints it for all
         parser.error(str(error))
-    except torch.OutOfMemoryError:
-        parser.error(f"out of GPU memory; {if_out_of_memory}")
+    except (torch.OutOfMemoryError, MemoryError):
+        parser.error(f"out of memory; {if_out_of_memory}")
     except RuntimeError as error:
+        if "DefaultCPUAllocator" in str(error):  # what torch raises on a CPU
+            parser.error(f"out of memory; {if_out_of_memory}")
         if "DataLoader worker" in str(error) and "Caught" not in str(error):
             parser.error(
                 f"a DataLoader worker died ({first_line(error)}); if memory was short, "
@@ -667,7 +675,7 @@ def default_device():
 
 def join_processes():
     """Under torchrun, join the other processes: NCCL on GPUs, gloo on CPUs. UserError if there are
-    more processes than GPUs, or if the others do not come."""
+    more processes than GPUs, or if the others do not connect."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
     device = default_device()

@@ -88,7 +88,7 @@ def damaged(path, error):
 
 
 class UnreadableImage(UserError):
-    """One image of a data set cannot be read. Whoever reads many of them skips it."""
+    """One image of a data set cannot be read. Code that reads many images skips it."""
 
 
 # Everything that Pillow raises for broken files: of 368,000 corrupted files (png, jpeg, gif, webp,
@@ -597,7 +597,7 @@ class ImageDataset:
         """Anything, beside number, labels and classes, in which another data set would differ."""
 
     def fingerprint(self) -> str:
-        """16 hex digits by which a resumed run knows its data again, wherever they lie now."""
+        """16 hex digits by which a resumed run recognises its data, also after a move."""
         return content_hash(len(self), list(self.class_names), self.labels, self.content())
 
 
@@ -813,9 +813,8 @@ class ImageFiles(ImageDataset):
     def open(self, name):
         if not self.is_zip:
             return open(self.path / name, "rb")
-        archive = self.zip()
         try:
-            return io.BytesIO(archive.read(self.renamed.get(name, name)))
+            return io.BytesIO(self.zip().read(self.renamed.get(name, name)))
         except READ_ERRORS as error:
             raise UnreadableImage(first_line(error)) from error
 
@@ -865,8 +864,8 @@ def raise_it(error):
 
 
 def leads_back(folder):
-    """Is this folder a link to one that the way to it passes through, or that holds one of these?
-    Following it would never end. (Links to other folders are followed, so real paths count.)"""
+    """Is this folder a link to one of its own parents, or to a folder above them? Following it
+    would never end. (Links to other folders are followed, so real paths count.)"""
     if not os.path.islink(folder):
         return False
     target = os.path.realpath(folder)
@@ -1013,9 +1012,9 @@ class Latents:
     def __init__(self, path, size=None):
         self.path = Path(path)
         self.header = read_latents_header(path)
-        self.moments = self.load("moments.npy", mmap_mode="r").view(MappedArray)
+        self.moments = load_array(self.path / "moments.npy", "r").view(MappedArray)
         self.channels, self.size = self.moments.shape[3:5]
-        state = self.load("state.npy")
+        state = load_array(self.path / "state.npy")
         to_do = np.count_nonzero(state == TO_DO)
         if to_do:
             raise UserError(
@@ -1030,14 +1029,8 @@ class Latents:
                 f"x {size}; choose another preset, or make them with another --size"
             )
         self.kept = np.flatnonzero(state == DONE)  # place -> index in the files
-        labels = self.load("labels.npy")[self.kept]
+        labels = load_array(self.path / "labels.npy")[self.kept]
         self.labels = None if (labels < 0).any() else labels
-
-    def load(self, name, mmap_mode=None):
-        try:
-            return np.load(self.path / name, mmap_mode)
-        except READ_ERRORS as error:
-            raise damaged(self.path / name, error) from None
 
     def __len__(self):
         return len(self.kept)
@@ -1054,6 +1047,14 @@ class Latents:
         mean, logvar = torch.from_numpy(moments)
         noise = torch.from_numpy(rng.standard_normal(mean.shape, np.float32))
         return VAE.latent(mean, logvar, noise)
+
+
+def load_array(path, mmap_mode=None):
+    """An .npy file; UserError if it is damaged."""
+    try:
+        return np.load(path, mmap_mode)
+    except READ_ERRORS as error:
+        raise damaged(path, error) from None
 
 
 def read_latents_header(folder):
@@ -1213,7 +1214,7 @@ class UnreadableImages:
             more = ", ..." if len(self.found) > len(names) else ""
             raise UserError(
                 f"{len(self.found)} of {self.total} images cannot be read, more than 1 %; repair "
-                f"or remove them: {', '.join(names)}{more}"
+                f"or replace them: {', '.join(names)}{more}"
             )
 
 
@@ -1501,7 +1502,7 @@ def start_or_resume(dest, header, shape, labels):
             raise UserError(
                 f"{dest} was made of another {other}; remove it, or choose another name"
             )
-        return bool(np.load(dest / "state.npy").all())
+        return bool(load_array(dest / "state.npy").all())
     if dest.exists():
         raise UserError(f"{dest} exists and holds no latents; remove it or choose another name")
     temporary = dest.with_name(f".{dest.name}.tmp")
@@ -1535,11 +1536,11 @@ def allocate(path, shape, dtype):
 def make_latents(folder, dataset, vae, batch, workers, precision):
     """This process's share of the latents that are not done yet."""
     rank, ranks = rank_and_size()
-    moments = np.load(folder / "moments.npy", "r+")
-    state = np.load(folder / "state.npy", "r+")
+    moments = load_array(folder / "moments.npy", "r+")
+    state = load_array(folder / "state.npy", "r+")
     mine = np.flatnonzero(state != DONE)  # unreadable images may have been repaired
-    # By runs of 64, so that batches, and with them the last bits, are those of a single process.
-    mine = mine[mine // 64 % ranks == rank].tolist()
+    # Whole batches each, so that batches, and with them the last bits, are those of one process.
+    mine = mine[mine // batch % ranks == rank].tolist()
     state[mine] = TO_DO
     unreadable = UnreadableImages(dataset)
     start = saved = time.time()
@@ -1581,7 +1582,7 @@ def posteriors(vae, images, precision):
 
 def check_finished(folder, dataset, size):
     """Of all processes: UserError if too many images were unreadable, else a summary."""
-    state = np.load(folder / "state.npy", "r+")
+    state = load_array(folder / "state.npy", "r+")
     lost = np.flatnonzero(state == UNREADABLE)
     unreadable = UnreadableImages(dataset, verbose=False)
     if len(lost) > max_unreadable(len(dataset)):

@@ -358,9 +358,9 @@ def guided(
 
     scale: a number, or a function of t (B,) such as `power_cosine` or `interval`. Where it is no
     further from 1 than SCALE_TOLERANCE for the whole batch (with exact: where it is 1), the null
-    half is not run. channels: the number of leading channels that are guided (3 in the published DiT
-    and DiffiT); the others, and the variance, come from the conditional half. UserError if a scale other than 1 has
-    no labels.
+    half is not run. channels: the number of leading channels that are guided (3 in the published
+    DiT and DiffiT); the others, and the variance, come from the conditional half. UserError if a
+    scale other than 1 has no labels.
     """
     if y is None and scale != 1.0:
         raise UserError("guidance needs class labels, and none were given; use a scale of 1")
@@ -548,8 +548,8 @@ class LossAwareTimesteps:
         return t.to(device), (1 / (self.T * p[t])).float().to(device)
 
     def update(self, t: Tensor, losses: Tensor):
-        """Remember the unweighted losses (B,) of timesteps t (B,). Every rank must pass the losses of
-        all ranks, so that they agree on p."""
+        """Remember the unweighted losses (B,) of timesteps t (B,). Every rank must pass the losses
+        of all ranks, so that they agree on p."""
         # The same memory as numpy arrays, in which single elements are set faster.
         ring = self.losses.numpy()
         counts = self.counts.numpy()

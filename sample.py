@@ -1132,9 +1132,10 @@ def many_images(args, model, cfg, vae, classes):
         scorer.check_size(cfg.input_size * (vae.factor if vae else 1))
         warn_of_number(n)
     # Of what was loaded: the file may be replaced meanwhile, as train.py does with last.pt.
-    weights_hash, vae_hash = configs.on_rank_0(
-        lambda: (data.weights_hash(model), data.weights_hash(vae) if vae else "")
-    )
+    hashes = data.weights_hash(model), data.weights_hash(vae) if vae else ""
+    if set(configs.all_gather_object(hashes)) != {hashes}:
+        raise UserError(f"{args.ckpt} was replaced while the processes read it; start again")
+    weights_hash, vae_hash = hashes
     settings = {name: getattr(cfg, name) for name in SAMPLING if name != "vae"}
     settings |= {"weights": weights_hash, "ema": not args.no_ema, "vae_weights": vae_hash}
     settings |= {"seed": args.seed, "classes": classes}

@@ -2,8 +2,9 @@
 
 `Trainer.step` is the step and `train` the loop around it; the parts they are made of come first.
 The same command again resumes. No random state is ever saved, because everything random follows
-from where it stands: the order of the data from (seed, place), the noise, timesteps and dropped
-labels from (seed, step, micro-batch), whichever process works on that micro-batch.
+from its place: the order of the data from (seed, place), the noise, timesteps and dropped labels
+from (seed, step, micro-batch), whichever process works on that micro-batch. (With --micro-batch 0
+its size, and so the noise, depends on the number of processes.)
 """
 
 import argparse
@@ -377,9 +378,8 @@ def latest_checkpoint(out):
     """The newest whole checkpoint in the folder, or None. A damaged one is named, and skipped.
     UserError if all are damaged."""
     last = out / "last.pt"
-    files = [last, out / "previous.pt", *reversed(numbered(out))]
     errors = []
-    for file in filter(Path.exists, files):
+    for file in checkpoints(out):
         try:
             data.read_checkpoint(file)
         except UserError as error:
@@ -395,6 +395,12 @@ def latest_checkpoint(out):
     if errors:
         raise UserError(f"{'; '.join(errors)}; give another --out, or --overwrite to start again")
     return None
+
+
+def checkpoints(out):
+    """All checkpoints in the folder, in the order in which a resume tries them."""
+    files = [out / "last.pt", out / "previous.pt", *reversed(numbered(out))]
+    return [file for file in files if file.exists()]
 
 
 def numbered(out):
@@ -448,9 +454,9 @@ def refuse_another_run(theirs, their_data, cfg, our_data, path):
         )
 
 
-# What train.py writes into its folder, config.json last: it marks the folder as ours.
-OUTPUTS = ["log.jsonl", "loss.png", "samples-??????.png", "last.pt", "last.damaged.pt"]
-OUTPUTS += ["previous.pt", "best.pt", "config.json"]
+# Files of a run, beside the numbered checkpoints and config.json, which marks the folder as ours.
+OUTPUTS = ["log.jsonl", "loss.png", "samples-??????*.png", "last.pt", "last.damaged.pt"]
+OUTPUTS += ["previous.pt", "best.pt"]
 
 
 def open_folder(out, cfg, dataset, overwrite):
@@ -473,7 +479,7 @@ def open_folder(out, cfg, dataset, overwrite):
             for file in out.glob(pattern):
                 file.unlink()
     elif theirs:
-        refuse_another_run(theirs, theirs.pop("dataset", None), cfg, fingerprint, out)
+        refuse_another_run(theirs, theirs.get("dataset"), cfg, fingerprint, out)
     out.mkdir(parents=True, exist_ok=True)
     values = {**dataclasses.asdict(cfg), "dataset": fingerprint}
     write_text(note, json.dumps(values, indent=1))
@@ -764,11 +770,11 @@ class StopSignal:
 
     def ask(self, number, frame):
         # Several at once are one request: torchrun and a scheduler both signal every process.
-        if time.time() - self.first > 3:
+        if time.monotonic() - self.first > 3:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.number = number
-        self.first = min(self.first, time.time())
+        self.first = min(self.first, time.monotonic())
 
 
 class TimedLoader:
@@ -788,7 +794,7 @@ class TimedLoader:
         return batch
 
     def collect(self):
-        """-> seconds waited, unreadable images; both begin again."""
+        """-> seconds waited, unreadable images; resets both."""
         collected = self.waited, self.unreadable
         self.waited = 0.0
         self.unreadable = []
@@ -833,7 +839,7 @@ def total_steps(cfg):
 
 
 def reached(cfg, kimg, done):
-    """Did the last of `done` steps reach another multiple of kimg, or the end of the run?"""
+    """Did step number `done` reach another multiple of kimg, or the end of the run?"""
 
     def multiples(steps):  # rounded, because 16.1 kimg are 16100.000000000002 images
         return math.floor(round(steps * cfg.batch_size / (1000 * kimg), 6))
@@ -860,8 +866,8 @@ def train(
     """Train cfg on dataset in the folder out, from the start or from its latest checkpoint -> None
     when complete, or the number of the signal that stopped it.
 
-    weights: a state_dict to begin with. vae: decodes the sample grids of a latent network, which
-    has none without. scorer: a sample.Scorer, for cfg.score_every; best.pt is the checkpoint of the
+    weights: a state_dict to begin with. vae: decodes the sample grids of a latent network; without
+    it there are none. scorer: a sample.Scorer, for cfg.score_every; best.pt is the checkpoint of the
     lowest FID. UserError past 1 % unreadable images, or after 10 steps in a row with non-finite
     gradients."""
     out = Path(out)
@@ -889,10 +895,9 @@ def train(
 
                 began = time.time()
                 columns, norms = trainer.step(step, loader, tick_due)
-                seconds = time.time() - began
                 waited, unreadable = loader.collect()
                 signalled, unreadable = sync_status(stop, unreadable, device)
-                progress.add(columns, norms, unreadable, seconds, waited)
+                progress.add(columns, norms, unreadable, time.time() - began, waited)
                 refuse_divergence(cfg, out, progress, step)
 
                 if tick_due:
@@ -919,7 +924,8 @@ def refuse_divergence(cfg, out, progress, step):
     raise UserError(
         f"non-finite gradients in 10 steps in a row, up to step {step} "
         f"({step * cfg.batch_size / 1000:g} kimg); the last good checkpoint is "
-        f"{last if last.exists() else 'yet to be written'}; start again with a lower --lr"
+        f"{last if last.exists() else 'yet to be written'}; start again in another --out with a "
+        f"lower --lr"
     )
 
 
@@ -936,9 +942,9 @@ def save_pictures(cfg, out, trainer, progress, vae, done):
     on_rank_0(lambda: draw_curves(progress.log, out / "loss.png"))
 
 
-def save_run(cfg, out, trainer, progress, done, numbered):
-    """last.pt, and if asked for a numbered checkpoint that stays."""
-    stays = out / f"{name_by_kimg(cfg, done)}.pt" if numbered else None
+def save_run(cfg, out, trainer, progress, done, number_due):
+    """last.pt, and where it is due a numbered checkpoint that stays."""
+    stays = out / f"{name_by_kimg(cfg, done)}.pt" if number_due else None
     last = out / "last.pt"
     on_rank_0(lambda: save_checkpoint(last, cfg, done, trainer, progress, stays))
 
@@ -970,9 +976,13 @@ class SampleScores:
 
     def refuse_another_best(self):
         """UserError if best.pt was chosen by scores that do not compare with those to come."""
-        kinds = [entry["kind"] for entry in self.progress.log if "kind" in entry]
+        kinds = {entry["step"]: entry["kind"] for entry in self.progress.log if "kind" in entry}
         best = self.out / "best.pt"
-        if kinds and kinds[-1] != self.kind and best.exists():
+        if not kinds or not best.exists():
+            return
+        # A step without an entry: the run was killed between best.pt and the log.
+        step = data.read_checkpoint(best)["step"]
+        if step in kinds and list(kinds.values())[-1] != self.kind:
             raise UserError(
                 f"{best} was the best by other scores (another number of samples, reference or "
                 f"sampler), and these do not compare; move it elsewhere, or score as before"
@@ -986,8 +996,9 @@ class SampleScores:
         return not any(e.get("kind") == self.kind and e["step"] == done for e in log)
 
     def compute(self, done, stop):
-        """Right after the checkpoint of this step: killed or stopped at any point, the run resumes
-        here and computes them again. Raises Stopped, in all processes, at a signal to any."""
+        """Right after the checkpoint of this step: if the run is killed or stopped before they are
+        in the log, the next start computes them again. Raises Stopped, in all processes, if any of
+        them got a signal."""
         configs.end_live_line()
         cfg = self.cfg
         model = self.trainer.ema.model
@@ -1248,7 +1259,7 @@ def run(args):
         network = diffit.build(cfg)  # do the sizes fit? no memory is taken
     weights = None
     # A run that is already there has weights of its own, which it resumes.
-    if init_from and (overwrite or not (out / "last.pt").exists()):
+    if init_from and (overwrite or not checkpoints(out)):
         weights, notes = starting_weights(init_from, network)
         if first:
             say("; ".join(notes))
