@@ -525,7 +525,7 @@ def numbers(text):
         return tuple(int(part) if part.lstrip("-").isdigit() else float(part) for part in parts)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not numbers with commas, as 64,128"
+            f"{text!r} is not a list of numbers like 64,128"
         ) from None
 
 

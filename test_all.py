@@ -2888,7 +2888,8 @@ def test_mistakes_of_users_end_in_a_sentence():
     for error, code, words in [
         (configs.UserError("one thing"), 2, ["train.py: one thing"]),
         (FileNotFoundError(2, "No such file", "x.png"), 2, ["train.py:", "No such file", "x.png"]),
-        (torch.OutOfMemoryError("9 GiB"), 2, ["train.py: out of GPU memory; take less"]),
+        (torch.OutOfMemoryError("9 GiB"), 2, ["train.py: out of memory; take less"]),
+        (RuntimeError("DefaultCPUAllocator: can't"), 2, ["train.py: out of memory; take less"]),
         (RuntimeError("DataLoader worker (pid 7) is killed"), 2, ["worker died", "--workers"]),
         (RuntimeError("[gloo] closed by peer"), 2, ["rank 0 lost the other", "start again"]),
         (KeyboardInterrupt(), 130, ["train.py: stopped"]),
@@ -3318,7 +3319,7 @@ def test_signals_are_taken_for_as_long_as_training_runs():
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGTERM)
             assert stop.number == signal.SIGTERM, "a second one at once, as of a terminal's group"
-            with patch.object(time, "time", lambda now=time.time(): now + 4):
+            with patch.object(time, "monotonic", lambda now=time.monotonic(): now + 4):
                 with patch.object(os, "kill") as kill:
                     stop.ask(signal.SIGTERM, None)
             kill.assert_called_once_with(os.getpid(), signal.SIGTERM)

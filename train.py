@@ -867,8 +867,8 @@ def train(
     when complete, or the number of the signal that stopped it.
 
     weights: a state_dict to begin with. vae: decodes the sample grids of a latent network; without
-    it there are none. scorer: a sample.Scorer, for cfg.score_every; best.pt is the checkpoint of the
-    lowest FID. UserError past 1 % unreadable images, or after 10 steps in a row with non-finite
+    it there are none. scorer: a sample.Scorer, for cfg.score_every; best.pt is the checkpoint of
+    the lowest FID. UserError past 1 % unreadable images, or after 10 steps in a row with non-finite
     gradients."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
