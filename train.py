@@ -647,12 +647,12 @@ class Progress:
         left = round(left)
         parts = [
             f"kimg {entry['kimg']:.1f}",
+            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left",
             f"loss {entry.get('loss', math.nan):.4f}",
             f"lr {entry['lr']:.2e}",
             f"grad {entry.get('grad_norm', math.nan):.3f}",
             f"{entry['images_per_s']:.0f} images/s",
-            f"{entry['memory_gb']:.2f} GB",
-            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left",
+            f"{entry['memory_gb']:.2f} GB",  # cut off on a narrow terminal
         ]
         if self.skipped:
             parts.append(f"{self.skipped} non-finite")
