@@ -115,6 +115,8 @@ def decode(file):
     except PILLOW_ERRORS as error:
         why = first_line(error).split(" <_io")[0]  # without the address of the file object
         raise UnreadableImage(why) from error
+    if image.mode == "F":  # their range is not known
+        raise UnreadableImage("it has floating-point pixels; convert it to 8 or 16 bits")
     if image.mode.startswith("I"):  # 16-bit grey
         grey = (np.asarray(image) / 257).clip(0, 255).round()
         image = Image.fromarray(grey.astype(np.uint8))
@@ -264,15 +266,15 @@ def read_torch_file(path, zipped):
         with open_zip(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise UserError(f"{path} is compressed, which torch.save never does")
-    try:
-        # argparse.Namespace: the flags, in checkpoints of DiT's own training
-        with torch.serialization.safe_globals([argparse.Namespace]):
+    # argparse.Namespace: the flags, in checkpoints of DiT's own training
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # for damaged files, of twelve types; IndexError and KeyError too
-        why = first_line(error)[:100]
-        if "Weights only" in why:  # torch goes on to advise trusting the file
-            why = "it holds more than tensors and plain values, or none"
-        raise UserError(f"{path} is truncated or not a file of weights ({why})") from None
+        except Exception as error:  # of damaged files: twelve types, IndexError and KeyError, too
+            why = first_line(error)[:100]
+    if "Weights only" in why:  # torch goes on to advise trusting the file
+        why = "it holds more than tensors and plain values, or none"
+    raise UserError(f"{path} is truncated or not a file of weights ({why})")
 
 
 def open_zip(path):
@@ -1246,14 +1248,14 @@ def augment(x, p):
     def angle():
         return (torch.rand(B, device=device, dtype=x.dtype) * 2 - 1) * math.pi
 
-    flip_x = sometimes(torch.randint(2, (B,), device=device), p * 1e8)
+    flip_x = sometimes(torch.randint(2, (B,), device=device), p * 1e8)  # always, unless p is 0
     flip_y = sometimes(torch.randint(2, (B,), device=device))
     size = sometimes(normal())  # (B,), as are the others
     turn = sometimes(angle())
     stretch = sometimes(normal())
     shift = sometimes(normal(2))  # (B, 2)
     axis = sometimes(angle(), 0.5)
-    axis = torch.where(stretch == 0, 0, axis)  # so that no change is exactly the identity
+    axis = torch.where(stretch == 0, 0, axis)  # then the matrix of no change is exactly 1
     along = 2 ** (0.2 * stretch)
     stretched = torch.diag_embed(torch.stack([1 / along, along], 1))  # (B, 2, 2)
     matrix = rotation(turn) @ rotation(-axis) @ stretched @ rotation(axis)

@@ -1607,6 +1607,13 @@ def test_decode_modes():
     deep = Image.fromarray(np.full((2, 2), 257 * 99, np.uint16))
     assert (through(deep) == 99).all(), "16 bits"
     assert (through(Image.new("1", (2, 2), 1)) == 255).all()
+    deep = encoded(Image.fromarray(np.zeros((2, 2), np.float32)), "tiff")
+    try:
+        data.decode(io.BytesIO(deep))
+    except data.UnreadableImage as error:
+        holds(str(error), ["floating-point", "16 bits"])
+    else:
+        raise AssertionError("decoded pixels of an unknown range")
     exif = Image.Exif()
     exif[0x0112] = 6  # a camera held upright
     file = io.BytesIO(encoded(Image.new("RGB", (4, 2)), "jpeg", exif=exif))
