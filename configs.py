@@ -292,6 +292,8 @@ class Config:
             yield f"--augment {self.augment} is a probability, from 0 to 1, for pixels"
         if self.vae and not latents:
             yield f"--vae {self.vae} is for latents, and this network generates pixels"
+        if self.seed >= 2**63:
+            yield f"--seed {self.seed} must be below 2^63"
         if self.micro_batch and self.batch_size % self.micro_batch:
             yield f"--micro-batch {self.micro_batch} does not divide --batch-size {self.batch_size}"
         for name in ("sample_kimg", "save_kimg"):  # files are named by whole thousands of images
@@ -524,9 +526,7 @@ def numbers(text):
     try:
         return tuple(int(part) if part.lstrip("-").isdigit() else float(part) for part in parts)
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list of numbers like 64,128"
-        ) from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers like 64,128") from None
 
 
 def at_least(low):
@@ -768,9 +768,14 @@ def fast_bf16(device):
 
 
 def arithmetic(precision, device):
-    """What --precision means on this device: bf16, fp16, tf32 or fp32."""
+    """What --precision means on this device: bf16, fp16, tf32 or fp32. UserError for tf32 where
+    there is none."""
     if precision == "auto":
         return "bf16" if fast_bf16(device) else "fp32"
+    if precision == "tf32" and device.type != "cuda":
+        raise UserError(
+            "--precision tf32 is a mode of NVIDIA GPUs, and there is none here; choose bf16 or fp32"
+        )
     return precision
 
 

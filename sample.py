@@ -1068,6 +1068,9 @@ def check_flags(args):
     check_output("--npz", args.npz, ".npz")
     check_output("--gif", args.gif, ".gif")
     check_output("--dir", args.dir)
+    paths = [str(path) for path in (args.out, args.npz, args.gif, folder_of(args)) if path]
+    if len(set(paths)) < len(paths):
+        raise UserError(f"{', '.join(paths)}: each output needs a name of its own; choose others")
     if args.score in (None, "shapes"):
         scoring = ("force", "inception", "resize")
         unused = [configs.flag_of(name) for name in scoring if getattr(args, name)]
@@ -1264,6 +1267,8 @@ def main():
     commands = {"--images": score_main, "--reference": reference_main, "--bench": bench_main}
     named = [flag.split("=")[0] for flag in sys.argv[1:]]
     command = next((commands[flag] for flag in named if flag in commands), generate_main)
+    if {"-h", "--help"} & set(named):
+        sys.argv[1:] = ["--help"]  # also where the flag that names the command lacks its value
     command()
 
 
@@ -1281,7 +1286,7 @@ def generate_main():
         description="Generate images from a checkpoint of train.py or from published weights. "
         "Three other commands have flags of their own: --images PATH --score REF.npz scores "
         "images that exist, --reference DATA --out REF.npz makes a reference, --bench 3 times the "
-        "sampling; --images PATH --help lists the flags of the first, and so on.",
+        "sampling; --images --help lists the flags of the first, and so on.",
     )
     group = parser.add_argument_group("images")
     group.add_argument(

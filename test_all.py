@@ -2848,7 +2848,7 @@ def test_help_says_everything():
             (data, "prepare"),
             (data, "latents"),
             (sample,),
-            (sample, "--images", "x"),
+            (sample, "--images"),
             (sample, "--reference", "x"),
             (sample, "--bench"),
             (train,),
@@ -3064,6 +3064,9 @@ def test_learning_rate():
     cosine = dataclasses.replace(cfg, lr_rampup_kimg=0.0, lr_decay="cosine")
     found = [train.learning_rate(cosine, n) for n in (0, 25_000, 50_000, 100_000)]
     close(found, [2, 1 + math.sqrt(0.5), 1, 0], 1e-12)
+    for kimg, batch_size, steps in [(0.08, 8, 10), (0.081, 8, 11), (0.07, 10, 7), (1e-6, 8, 1)]:
+        length = dataclasses.replace(cfg, kimg=kimg, batch_size=batch_size)
+        assert train.total_steps(length) == steps, (kimg, batch_size)
 
 
 def test_micro_batches_add_up_to_the_batch():
@@ -3472,8 +3475,12 @@ def test_training_refuses_what_it_cannot_do():
             (("--init-from", root / "no.pt"), ["no.pt"]),
             (("--precision", "tf32"), ["tf32", "GPUs", "fp32"]),
             (("--force",), ["--force", "--score-every"]),
+            (("--seed", 2**63), ["--seed", "below 2^63"]),
         ]:
             complains(train, *args, "--out", root / "new", words=words)
+        inside = ("--data", root / "pics", "--num-classes", 2, "--out", root / "pics/run")
+        complains(train, *inside, words=["pics/run is inside --data", "another folder"])
+        assert not (root / "pics/run").exists()
         with patch.object(configs, "rank_and_size", lambda: (0, 3)):
             with patch.object(train, "rank_and_size", lambda: (0, 3)):
                 cfg = configs.PRESETS["shapes"]
@@ -3521,6 +3528,8 @@ def test_init_from_takes_the_ema_weights():
         found = tiny_run(root / "b", "--lr", 1e-12, *init, kimg=0.008)
         for name, value in found["model"].items():
             close(value, state["ema"][name], 1e-6, name)
+        again = (*TINY, "--out", root / "a", "--kimg", 0.088, "--init-from", root / "none.pt")
+        holds(succeeds(train, *again), ["none.pt is not used", "holds a run, which resumes"])
         words = ["do not fit", "expected"]
         complains(train, *TINY, "--hidden-size", 64, "--out", root / "c", *init, words=words)
 
@@ -4083,6 +4092,9 @@ def test_sampling_refuses_what_it_cannot_do():
             ((*x, "--vae", path), ["--vae", "pixels"]),
             ((*x, "--preset", "shapes"), ["--preset shapes", "knows its own network"]),
             ((*x, "--num-images", 401), ["--num-images 401", "400", "--dir", "--npz"]),
+            ((*x, "--precision", "tf32"), ["tf32", "GPUs", "fp32"]),
+            ((*x, "--dir", root / "x.png"), ["x.png", "a name of its own"]),
+            (("--npz", root / ".npz"), [".npz", "a name of its own"]),
             (
                 (*x, "--force", "--resize", "pytorch"),
                 ["--force and --resize", "without --score REF"],

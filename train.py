@@ -466,6 +466,11 @@ def open_folder(out, cfg, dataset, overwrite):
     fingerprint = dataset.fingerprint()
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")
+    if os.path.isdir(cfg.data) and out.resolve().is_relative_to(Path(cfg.data).resolve()):
+        raise UserError(
+            f"--out {out} is inside --data {cfg.data}, and the run's own images would join it; "
+            f"choose another folder"
+        )
     theirs = read_config(note)
     if theirs is None and out.exists() and any(out.iterdir()):
         raise UserError(
@@ -835,7 +840,7 @@ def sync_status(stop, unreadable, device):
 
 def total_steps(cfg):
     # Rounded first: 0.07 kimg in batches of 10 are 7.000000000000001 steps to a computer.
-    return math.ceil(round(cfg.kimg * 1000 / cfg.batch_size, 6))
+    return max(1, math.ceil(round(cfg.kimg * 1000 / cfg.batch_size, 6)))
 
 
 def reached(cfg, kimg, done):
@@ -1138,10 +1143,7 @@ def check_machine(cfg, device):
             f"--batch-size {cfg.batch_size} cannot be divided over {size} processes{micro}; choose "
             f"a multiple of {multiple}"
         )
-    if cfg.precision == "tf32" and device.type != "cuda":
-        raise UserError(
-            "--precision tf32 is a mode of NVIDIA GPUs, and there is none here; choose bf16 or fp32"
-        )
+    configs.arithmetic(cfg.precision, device)
 
 
 def starting_weights(path, network):
@@ -1258,8 +1260,10 @@ def run(args):
     with torch.device("meta"):
         network = diffit.build(cfg)  # do the sizes fit? no memory is taken
     weights = None
-    # A run that is already there has weights of its own, which it resumes.
-    if init_from and (overwrite or not checkpoints(out)):
+    if init_from and checkpoints(out) and not overwrite:
+        if first:
+            say(f"--init-from {init_from} is not used: {out} holds a run, which resumes")
+    elif init_from:
         weights, notes = starting_weights(init_from, network)
         if first:
             say("; ".join(notes))
