@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -652,9 +653,7 @@ def run_command(parser, act, if_out_of_memory="", if_process_lost=""):
         end_live_line()
         parser.exit(130, f"{parser.prog}: stopped\n")
     finally:
-        # Loader workers outlive SIGTERM (data.ignore_signals), with which Python would end them.
-        for worker in multiprocessing.active_children():
-            worker.kill()
+        end_workers()
     if stopped:
         sys.exit(128 + stopped)
 
@@ -662,8 +661,24 @@ def run_command(parser, act, if_out_of_memory="", if_process_lost=""):
 def exit_on_signal(number, frame):
     """SIGTERM ends a command like Ctrl-C: temporary files are removed, workers end."""
     if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises for each worker that ends
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise for workers that end
     sys.exit(128 + number)
+
+
+def end_workers():
+    """End the loader workers that an exception has left behind. At its exit, Python would send them
+    a SIGTERM, which they outlive (data.ignore_signals), and wait for them for ever."""
+    workers = multiprocessing.active_children()
+    # torch's handler of SIGCHLD would raise for the first one, and leave the others.
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    if on_main_thread and hasattr(signal, "SIGCHLD"):
+        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) or signal.SIG_DFL
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join()
+    if on_main_thread and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, before)
 
 
 def default_device():
