@@ -669,6 +669,8 @@ def end_workers():
     """End the loader workers that an exception has left behind. At its exit, Python would send them
     a SIGTERM, which they outlive (data.ignore_signals), and wait for them for ever."""
     workers = multiprocessing.active_children()
+    if not workers:
+        return
     # torch's handler of SIGCHLD would raise for the first one, and leave the others.
     on_main_thread = threading.current_thread() is threading.main_thread()
     if on_main_thread and hasattr(signal, "SIGCHLD"):

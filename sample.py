@@ -182,6 +182,11 @@ def to_images(x, cfg, vae=None):
     return data.to_uint8(x)
 
 
+def image_size(cfg, vae):
+    """Height and width, in pixels, of the images that to_images returns."""
+    return cfg.input_size * (vae.factor if vae else 1)
+
+
 def provenance(cfg, weights, vae_hash="", seed=0, classes=None):
     """How images were generated, in one line: the weights, the VAE (its hash, where there is one),
     sampler, steps, guidance, and each other sampling field that differs from Config's default."""
@@ -1094,13 +1099,18 @@ def folder_of(args):
     return Path("samples") if args.score else None
 
 
+def with_flags(cfg, args):
+    """The Config with those sampling fields that are given as flags."""
+    given = {name: value for name, value in vars(args).items() if name in SAMPLING}
+    return dataclasses.replace(cfg, **given)
+
+
 def generate_command(args):
     """--ckpt FILE: images, in all the forms that were asked for, and their score."""
     check_flags(args)
     first = rank_and_size()[0] == 0  # the process that prints and writes, also once it is alone
-    given = {name: value for name, value in vars(args).items() if name in SAMPLING}
     model, cfg = load_model(args.ckpt, args.preset, not args.no_ema)
-    cfg = dataclasses.replace(cfg, **given)
+    cfg = with_flags(cfg, args)
     vae = open_vae(cfg)
     classes = parse_classes(args.classes, cfg) if args.classes else None
     if args.score == "shapes" and cfg.num_classes != 10:
@@ -1132,7 +1142,7 @@ def many_images(args, model, cfg, vae, classes):
     scorer = None
     if args.score not in (None, "shapes"):
         scorer = open_scorer(args)
-        scorer.check_size(cfg.input_size * (vae.factor if vae else 1))
+        scorer.check_size(image_size(cfg, vae))
         warn_of_number(n)
     # Of what was loaded: the file may be replaced meanwhile, as train.py does with last.pt.
     hashes = data.weights_hash(model), data.weights_hash(vae) if vae else ""
@@ -1143,10 +1153,10 @@ def many_images(args, model, cfg, vae, classes):
     settings |= {"weights": weights_hash, "ema": not args.no_ema, "vae_weights": vae_hash}
     settings |= {"seed": args.seed, "classes": classes}
     settings["precision"] = configs.arithmetic(cfg.precision, configs.default_device())
+    # Nothing is written before this line.
     configs.on_rank_0(lambda: open_images_folder(folder, settings))
-    # Nothing is written before this line; from here on, what is there is resumed.
     make_images(model, cfg, vae, folder, n, classes, args.seed, args.batch)
-    images = data.ImageFiles(folder)
+    images = data.ImageFiles(folder, image_size(cfg, vae))
     images.names = [f"{i:08}.png" for i in range(n)]  # whatever else may lie there
     stats = None
     if scorer:
@@ -1238,8 +1248,7 @@ def bench_command(args):
     else:
         cfg = configs.config_from_preset(args.preset or "shapes", {})
         model = diffit.build(cfg).to(configs.default_device()).eval().requires_grad_(False)
-    given = {name: value for name, value in vars(args).items() if name in SAMPLING}
-    cfg = dataclasses.replace(cfg, **given)
+    cfg = with_flags(cfg, args)
     device = next(model.parameters()).device
     passes = []  # images in each call of the network
     model.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))

@@ -4015,7 +4015,7 @@ def test_images_that_are_missing_are_generated():
         assert most_different(resumed, whole) <= 1 and order == labels
         again, _, generated = npz_of(path, root, "again", "--dir", images, "--batch", 1)
         assert generated == [] and np.array_equal(again, resumed)
-        Image.new("RGB", (32, 32)).save(images / "0.png")  # somebody else's
+        Image.new("RGB", (40, 30)).save(images / "0.png")  # somebody else's
         first, _, _ = npz_of(path, root, "first", "--num-images", 4, "--dir", images)
         assert np.array_equal(first, resumed[:4]), "the first of a folder that holds more"
         (images / "00000002.png").write_bytes(b"damaged")

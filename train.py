@@ -916,8 +916,8 @@ def train(
                 if scores.due(done) and not signalled:
                     scores.compute(done, stop)
                 if signalled and (done < total or scores.due(done)):
-                    raise Stopped(signalled)
-    except Stopped as stopped:
+                    return signalled
+    except Stopped as stopped:  # in the middle of scores
         return stopped.signal
 
 
@@ -1128,7 +1128,7 @@ def open_scorer(cfg, vae, force):
         )
     sample.check_number(cfg.score_n, force, "images (--score-n)")
     scorer = sample.Scorer(cfg.score_ref, cfg.inception, force, workers=cfg.workers)
-    scorer.check_size(cfg.input_size * (vae.factor if vae else 1))
+    scorer.check_size(sample.image_size(cfg, vae))
     sample.warn_of_number(cfg.score_n)
     return scorer
 
