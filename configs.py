@@ -9,10 +9,12 @@ file may import this one; it imports none of them (only its own command, below, 
 """
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import datetime
 import difflib
+import errno
 import gc
 import itertools
 import math
@@ -51,12 +53,20 @@ def nearest(word, known):
 # Config
 
 
-def option(default, text, choices="", only="", positive=False, signed=False):
+SMALLEST, LARGEST = 1e-12, 1e12  # numbers beyond these have no use here, and overflow somewhere
+
+
+def option(default, text, choices="", only="", positive=False, signed=False, most=LARGEST):
     """A field of Config. text: its --help. choices: the words it takes. only: the networks or
-    processes that it applies to; elsewhere it must keep its default. Numbers are 0 or more, unless
-    they must be positive or may be signed."""
+    processes that it applies to; elsewhere it must keep its default. Numbers are from 0 to `most`,
+    unless they must be positive or may be signed."""
     metadata = dict(
-        help=text, choices=choices.split(), only=only.split(), positive=positive, signed=signed
+        help=text,
+        choices=choices.split(),
+        only=only.split(),
+        positive=positive,
+        signed=signed,
+        most=most,
     )
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -72,9 +82,28 @@ GROUPS = {
     "tick_kimg": "output and scores",
 }
 
+# The networks (diffit.NETWORKS) by the fields that they take, and processes with a sigma.
 TRANSFORMERS = "diffit dit"
 UNETS = "unet ddpmpp"
 CONTINUOUS = "edm vp ve"
+
+
+TYPES = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "yes or no",
+    tuple: "a list of numbers",
+}
+
+
+def has_type(value, kind):
+    """Is the value what a field of this type takes? Whole numbers are floats, too."""
+    if kind is tuple:
+        return isinstance(value, tuple) and all(has_type(part, float) for part in value)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is kind
 
 
 @dataclass(frozen=True)
@@ -90,13 +119,18 @@ class Config:
     model: str = option(
         "diffit",
         "diffit: latent DiffiT; dit: DiT; unet: image-space DiffiT; ddpmpp: DDPM++",
-        choices="diffit dit unet ddpmpp",
+        choices=f"{TRANSFORMERS} {UNETS}",
     )
     input_size: int = option(
-        32, "height and width of the network's input (latents: pixels / 8)", positive=True
+        32,
+        "height and width of the network's input (latents: pixels / 8)",
+        positive=True,
+        most=2**14,
     )
-    in_channels: int = option(3, "3 for pixels, 4 for latents", positive=True)
-    num_classes: int = option(0, "number of classes; 0: unconditional")
+    in_channels: int = option(3, "3 for pixels, 4 for latents", positive=True, most=2**14)
+    num_classes: int = option(
+        0, "number of classes; 0: unconditional. Where not given, that of the data", most=2**20
+    )
     class_dropout_prob: float = option(0.1, "share of labels replaced by the null class (guidance)")
     learn_sigma: bool = option(False, "also predict the variance, in a second set of channels")
     time_in: str = option(
@@ -108,21 +142,31 @@ class Config:
     time_embedding: str = option(
         "positional", "how the time is embedded (DiffiT Table 8)", choices="positional fourier none"
     )
-    num_heads: int = option(4, "attention heads", positive=True)
-    mlp_ratio: float = option(4.0, "hidden width of the MLPs / width", positive=True)
-    patch_size: int = option(
-        0, "side of a token in pixels or latents", only=TRANSFORMERS, positive=True
+    num_heads: int = option(4, "attention heads", positive=True, most=2**14)
+    mlp_ratio: float = option(
+        4.0,
+        "hidden width of the MLPs / width",
+        only=f"{TRANSFORMERS} unet",
+        positive=True,
+        most=1000,
     )
-    hidden_size: int = option(0, "width of the tokens", only=TRANSFORMERS, positive=True)
-    depth: int = option(0, "number of blocks", only=TRANSFORMERS, positive=True)
+    patch_size: int = option(
+        0, "side of a token in pixels or latents", only=TRANSFORMERS, positive=True, most=2**14
+    )
+    hidden_size: int = option(
+        0, "width of the tokens", only=TRANSFORMERS, positive=True, most=2**16
+    )
+    depth: int = option(0, "number of blocks", only=TRANSFORMERS, positive=True, most=1000)
     embed_gain: float = option(1.0, "scale of the tokens at initialisation", only=TRANSFORMERS)
     channels: tuple = option(
-        (), "width at each resolution, finest first", only=UNETS, positive=True
+        (), "width at each resolution, finest first", only=UNETS, positive=True, most=2**16
     )
     blocks: tuple = option(
-        (), "ResBlocks at each resolution, finest first", only=UNETS, positive=True
+        (), "ResBlocks at each resolution, finest first", only=UNETS, positive=True, most=1000
     )
-    cond_size: int = option(512, "width of the time embedding", only=UNETS, positive=True)
+    cond_size: int = option(
+        512, "width of the time embedding", only=UNETS, positive=True, most=2**16
+    )
     dropout: float = option(0.0, "dropout in the ResBlocks", only=UNETS)
     window: int = option(8, "side of an attention window in tokens", only="unet", positive=True)
     encoder: str = option(
@@ -137,7 +181,9 @@ class Config:
         "ddpm: discrete timesteps; edm: Karras et al. 2022; vp, ve: Song et al. 2021's SDEs",
         choices="ddpm edm vp ve",
     )
-    diffusion_steps: int = option(1000, "number of timesteps T", only="ddpm", positive=True)
+    diffusion_steps: int = option(
+        1000, "number of timesteps T", only="ddpm", positive=True, most=10**6
+    )
     timesteps: str = option(
         "uniform", "how training draws timesteps", choices="uniform loss-aware", only="ddpm"
     )
@@ -187,7 +233,7 @@ class Config:
     churn_noise: float = option(1.0, "scale of the noise of --churn (S_noise)", only=CONTINUOUS)
     # Training
     kimg: float = option(1000.0, "length of training in thousands of images", positive=True)
-    batch_size: int = option(256, "images per step, over all processes", positive=True)
+    batch_size: int = option(256, "images per step, over all processes", positive=True, most=2**20)
     micro_batch: int = option(0, "images per forward pass; 0: the process's whole share")
     lr: float = option(1e-4, "learning rate", positive=True)
     lr_rampup_kimg: float = option(0.0, "length of the linear ramp from 0, thousands of images")
@@ -205,7 +251,9 @@ class Config:
         500.0, "half-life of the weights' moving average, thousands of images"
     )
     ema_rampup: float = option(0.05, "half-life at most this share of the images seen; 0: no ramp")
-    seed: int = option(0, "seed of the weights, the noise and the order of the data")
+    seed: int = option(
+        0, "seed of the weights, the noise and the order of the data", most=2**63 - 1
+    )
     # Machine
     precision: str = option(
         "auto",
@@ -216,18 +264,19 @@ class Config:
     grad_checkpointing: bool = option(
         False, "recompute blocks in the backward pass instead of storing activations"
     )
-    workers: int = option(2, "processes that read data")
+    workers: int = option(2, "processes that read data, at most one for each core", most=1000)
     # Output
     tick_kimg: float = option(10.0, "thousands of images between log lines", positive=True)
     sample_kimg: float = option(1000.0, "thousands of images between sample grids", positive=True)
     save_kimg: float = option(
         1000.0,
-        "thousands of images between numbered checkpoints; last.pt is saved then and at grids",
+        "thousands of images between numbered checkpoints; last.pt is saved then, at grids and "
+        "every 15 minutes",
         positive=True,
     )
     keep: int = option(0, "numbered checkpoints that are kept, the newest; 0: all")
     score_every: float = option(0.0, "thousands of images between scores of EMA samples; 0: none")
-    score_n: int = option(10_000, "samples per score")
+    score_n: int = option(10_000, "samples per score", most=10**8)
     score_ref: str = option("", "reference of the scores, from sample.py --reference or ADM's")
     inception: str = option("", "weights of Inception; else found by their published name")
 
@@ -240,33 +289,53 @@ class Config:
     def check_field(self, field, value):
         """One field by itself: a word that is known, a place where it has a meaning, a range."""
         flag = flag_of(field.name)
+        if not has_type(value, field.type):
+            raise UserError(f"{flag} {short(value)} must be {TYPES[field.type]}")
         choices = field.metadata["choices"]
         only = field.metadata["only"]
         here = f"{self.model} with {self.process}"
         if choices and value not in choices:
             hint = nearest(str(value), choices)
             raise UserError(f"{flag} {value} is unknown; it takes {', '.join(choices)}{hint}")
-        if only and self.model not in only and self.process not in only:
+        if not self.applies(field):
             if value != field.default:
                 raise UserError(f"{flag} is for {' and '.join(only)}, and this is {here}")
             return  # it is not used here, whatever its range
         if isinstance(value, str):
             return
+        most = field.metadata["most"]
         positive = field.metadata["positive"]
         parts = value if isinstance(value, tuple) else (value,)
         if positive and not parts:
             raise UserError(f"{flag} is required for {here}; give a number for each resolution")
         for number in parts:
-            if not math.isfinite(number):
-                raise UserError(f"{flag} {value} must be finite")
             if positive and number <= 0:
                 raise UserError(f"{flag} {value} must be above 0 for {here}")
             if number < 0 and not field.metadata["signed"]:
                 raise UserError(f"{flag} {value} must be 0 or more")
+            if number and not SMALLEST <= abs(number) <= most:  # NaN, too, is outside
+                raise UserError(f"{flag} {short(value)} must be from {SMALLEST:g} to {most:.15g}")
+
+    def applies(self, field):
+        """Does the field mean anything for this network and process?"""
+        only = field.metadata["only"]
+        return not only or self.model in only or self.process in only
+
+    def network_options(self):
+        """The arguments of the network: the fields of its group, by name, that apply to it."""
+        fields = dataclasses.fields(self)
+        names = [field.name for field in fields]
+        group = fields[names.index("model") + 1 : names.index("process")]
+        return {field.name: getattr(self, field.name) for field in group if self.applies(field)}
 
     def conflicts(self):
         """Sentences about fields that do not fit one another: network, data and training."""
         latents = self.in_channels != 3
+        if self.in_channels < 3:
+            yield (
+                f"--in-channels {self.in_channels}: images have 3, grey ones too, as they are read "
+                f"as RGB, and latents 4 or more; leave it out"
+            )
         for name in ("class_dropout_prob", "dropout", "beta2", "ema_decay"):
             if getattr(self, name) >= 1:
                 yield f"{flag_of(name)} {getattr(self, name)} must be below 1"
@@ -293,8 +362,6 @@ class Config:
             yield f"--augment {self.augment} is a probability, from 0 to 1, for pixels"
         if self.vae and not latents:
             yield f"--vae {self.vae} is for latents, and this network generates pixels"
-        if self.seed >= 2**63:
-            yield f"--seed {self.seed} must be below 2^63"
         if self.micro_batch and self.batch_size % self.micro_batch:
             yield f"--micro-batch {self.micro_batch} does not divide --batch-size {self.batch_size}"
         for name in ("sample_kimg", "save_kimg"):  # files are named by whole thousands of images
@@ -329,7 +396,7 @@ class Config:
         if self.cfg_scale != 1 and not self.num_classes:
             yield (
                 f"--cfg-scale {self.cfg_scale:g} guides by classes, and this network has none; "
-                f"pass --cfg-scale 1"
+                f"leave it out"
             )
         if self.cfg_scale != 1 and not self.class_dropout_prob:
             yield (
@@ -354,6 +421,46 @@ RENAMED = {
     "checkpoint_blocks": "grad_checkpointing",
     "n": "num_images",
     "raw": "no_ema",
+}
+
+# What other programs call things, and the flags that do them here, with a word about each.
+LENGTH = ["--kimg X, the thousands of images to train on"]
+ELSEWHERE = {
+    "epochs": LENGTH,
+    "iterations": LENGTH,
+    "max_steps": LENGTH,
+    "resume": ["--kimg X that makes a run longer: the same command again resumes"],
+    "train_steps": LENGTH,
+    "num_train_epochs": LENGTH,
+    "learning_rate": ["--lr X"],
+    "batch": ["--batch-size N"],
+    "num_workers": ["--workers N"],
+    "image_size": ["--input-size N", "--size N"],
+    "resolution": ["--input-size N", "--size N"],
+    "dataset": ["--data PATH"],
+    "data_path": ["--data PATH"],
+    "data_dir": ["--data PATH"],
+    "output": ["--out PATH"],
+    "output_dir": ["--out PATH"],
+    "outdir": ["--out PATH"],
+    "results_dir": ["--out PATH"],
+    "fp16": ["--precision fp16"],
+    "bf16": ["--precision bf16"],
+    "amp": ["--precision bf16"],
+    "mixed_precision": ["--precision bf16"],
+    "ema": ["--ema-halflife-kimg X", "--no-ema for the weights without it"],
+    "cond": ["--num-classes N, by default the number in the data"],
+    "gpus": ["--device cuda; for several: torchrun --nproc_per_node=N train.py ..."],
+    "model_path": ["--ckpt FILE"],
+    "checkpoint": ["--ckpt FILE", "--init-from FILE"],
+    "network": ["--ckpt FILE"],
+    "num_samples": ["--num-images N"],
+    "samples": ["--num-images N"],
+    "guidance_scale": ["--cfg-scale X"],
+    "num_sampling_steps": ["--sampling-steps N"],
+    "num_steps": ["--sampling-steps N"],
+    "batch_size": ["--batch N"],
+    "class": ["--classes LIST"],
 }
 
 
@@ -496,8 +603,8 @@ for width, depth, heads in [(450, 6, 9), (384, 12, 6), (440, 6, 8), (420, 6, 6),
 
 def config_from_preset(name, given):
     """The preset with the fields that were given (a dict). A field that the preset set for another
-    network or process, and that the given ones make meaningless, falls back to its default.
-    UserError for an unknown preset or values that do not fit."""
+    network or process, and that the given ones make meaningless, falls back to its default; so does
+    guidance without classes. UserError for an unknown preset or values that do not fit."""
     if name not in PRESETS:
         raise UserError(
             f"unknown preset {name!r}{nearest(name, PRESETS)} (python configs.py lists them)"
@@ -508,16 +615,21 @@ def config_from_preset(name, given):
         meaningless = only and values["model"] not in only and values["process"] not in only
         if meaningless and field.name not in given:
             values[field.name] = field.default
+    if not values["num_classes"] and "cfg_scale" not in given:
+        values["cfg_scale"] = 1.0
     return Config(**values)
 
 
 def config_from_dict(values):
     """The Config that a checkpoint holds as a dict, also under earlier names of its fields.
-    UserError if a field is unknown here."""
+    UserError if a field is unknown here, or has an impossible value."""
     values = {RENAMED.get(name, name): value for name, value in values.items()}
     unknown = values.keys() - {field.name for field in dataclasses.fields(Config)}
     if unknown:
-        raise UserError(f"the configuration has fields of another version: {', '.join(unknown)}")
+        names = ", ".join(map(short, unknown))
+        raise UserError(f"the configuration has fields of another version: {names}")
+    # JSON knows no tuples.
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     return Config(**values)
 
 
@@ -527,19 +639,23 @@ def numbers(text):
     try:
         return tuple(int(part) if part.lstrip("-").isdigit() else float(part) for part in parts)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers like 64,128") from None
+        raise argparse.ArgumentTypeError(
+            f"{short(text)} is not a list of numbers like 64,128"
+        ) from None
 
 
-def at_least(low):
-    """A type of argparse: a whole number from `low` on."""
+def at_least(low, most=10**8):
+    """A type of argparse: a whole number from `low` to `most`."""
 
     def whole_number(text):
         try:
             value = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+            raise argparse.ArgumentTypeError(f"{short(text)} is not a whole number") from None
         if value < low:
             raise argparse.ArgumentTypeError(f"{value} must be {low} or more")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{short(value)} must be at most {most}")
         return value
 
     return whole_number
@@ -573,16 +689,26 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):  # also called for each sub-command
         args, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            flag = unknown[0].split("=")[0]
-            renamed = flag_of(RENAMED.get(flag.strip("-").replace("-", "_"), ""))
-            known = self._option_string_actions
-            hint = f"; did you mean {renamed}?" if renamed in known else nearest(flag, known)
-            self.error(f"unknown argument {flag}{hint or '; --help lists them'}")
+            self.error(self.unknown_argument(unknown[0].split("=")[0]))
         return args, unknown
+
+    def unknown_argument(self, flag):
+        """A sentence about a flag that there is not, with what it is called here."""
+        known = self._option_string_actions
+        word = flag.strip("-").replace("-", "_").lower()
+        renamed = flag_of(RENAMED.get(word, ""))
+        elsewhere = [answer for answer in ELSEWHERE.get(word, ()) if answer.split()[0] in known]
+        if renamed in known:
+            hint = f"; did you mean {renamed}?"
+        elif elsewhere:
+            hint = f"; here it is {elsewhere[0]}"
+        else:
+            hint = nearest(flag, known) or "; --help lists them"
+        return f"unknown argument {flag}{hint}"
 
     def error(self, message):
         end_live_line()
-        self.exit(2, f"{self.prog.split()[0]}: {message}\n")
+        self.exit(2, f"{self.prog.split()[0]}: {printable(message)}\n")
 
     def add_config(self, names=None, shown=None):
         """A flag for each field of Config, or for those named, in the groups of Config; a flag that
@@ -597,6 +723,15 @@ class Parser(argparse.ArgumentParser):
                     group = self.add_argument_group(group)
                 default = format_default(getattr(shown, field.name, "the checkpoint's"))
                 group.add_argument(flag_of(field.name), **flag_options(field, default))
+
+
+def add_device(group):
+    group.add_argument(
+        "--device",
+        choices=["auto", "cuda", "mps", "cpu"],
+        default="auto",
+        help="auto: an NVIDIA GPU, else an Apple one (mps), else the CPU",
+    )
 
 
 METAVARS = {str: "PATH", int: "N", float: "X", tuple: "A,B,..."}
@@ -619,16 +754,23 @@ def flag_options(field, default):
 PATIENCE = datetime.timedelta(minutes=10)  # how long a process waits for another before it gives up
 
 
-def run_command(parser, act, if_out_of_memory="", if_process_lost=""):
+def run_command(parser, act, if_out_of_memory="", if_process_lost="", device="auto"):
     """Run act() in all processes that were started; an error that a user can cause ends in one
     sentence and exit code 2. if_out_of_memory, if_process_lost: advice that ends these sentences.
-    act -> the number of the signal that ended it, or None."""
-    with contextlib.suppress(ValueError):  # only a main thread may
-        signal.signal(signal.SIGTERM, exit_on_signal)
+    device: the value of --device. act -> the number of the signal that ended it, or None."""
+    end_on_signals()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not where tests replace them
+            stream.reconfigure(errors="backslashreplace")  # a path may have letters it lacks
     try:
+        choose_device(device)
         join_processes()
         stopped = act()
         leave_processes()  # after an error the others end by themselves, with a sentence
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has seen enough, as in `| head`
+        sys.stdout = None  # Python would try to flush it again
+        sys.exit(141)  # as if by SIGPIPE
     except (UserError, OSError) as error:
         if getattr(error, "shared", False) and rank_and_size()[0]:
             sys.exit(2)  # rank 0 prints it for all
@@ -647,55 +789,126 @@ def run_command(parser, act, if_out_of_memory="", if_process_lost=""):
             raise
         parser.error(
             f"rank {rank_and_size()[0]} lost the other processes "
-            f"({first_line(error)[:160]}); {if_process_lost}"
+            f"({first_line(error)}); {if_process_lost}"
         )
     except KeyboardInterrupt:
         end_live_line()
         parser.exit(130, f"{parser.prog}: stopped\n")
-    finally:
-        end_workers()
     if stopped:
         sys.exit(128 + stopped)
 
 
+# Signals that ask a process to end: Ctrl-C, a scheduler's time limit, a terminal that was closed.
+ENDING = [signal.SIGINT, signal.SIGTERM] + [getattr(signal, "SIGHUP", signal.SIGTERM)]
+
+
+def end_on_signals():
+    """SIGTERM and SIGHUP end a command like Ctrl-C: temporary files are removed, workers end. What
+    is ignored (SIGHUP under nohup) stays ignored. Outside a main thread nothing is changed."""
+    with contextlib.suppress(ValueError):  # only a main thread may
+        for number in ENDING:
+            if signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, exit_on_signal)
+
+
 def exit_on_signal(number, frame):
-    """SIGTERM ends a command like Ctrl-C: temporary files are removed, workers end."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise for workers that end
+    for other in ENDING:
+        signal.signal(other, signal.SIG_IGN)  # the first one is enough
     sys.exit(128 + number)
 
 
+# -------------------------------------------------------------------------------------------------
+# Processes that read data. They ignore the signals that ask a command to end, because their parent
+# needs them until its step is done; they end with their parent, whichever way it ends.
+
+
+def start_worker(_):
+    """The first thing that a DataLoader worker does."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent():
+    """End this process once its parent is gone, or the server that forked it for the parent."""
+    parent = multiprocessing.parent_process()
+    forked_by = os.getppid()
+    while parent.is_alive() and os.getppid() == forked_by:
+        time.sleep(1)
+    os._exit(1)
+
+
+@atexit.register
 def end_workers():
-    """End the loader workers that an exception has left behind. At its exit, Python would send them
-    a SIGTERM, which they outlive (data.ignore_signals), and wait for them for ever."""
-    workers = multiprocessing.active_children()
-    if not workers:
-        return
-    # torch's handler of SIGCHLD would raise for the first one, and leave the others.
-    on_main_thread = threading.current_thread() is threading.main_thread()
-    if on_main_thread and hasattr(signal, "SIGCHLD"):
-        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) or signal.SIG_DFL
+    """Before the interpreter ends: it would ask the workers to, and wait for ever. In time of need
+    (after an exception) they may be in the middle of something that nobody will take from them."""
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    if workers and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each
     for worker in workers:
         worker.kill()
     for worker in workers:
         worker.join()
-    if on_main_thread and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, before)
+
+
+def worker_count(workers):
+    """At most one for each core that this process may use; more only slow one another."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(workers, cores or 1)
+
+
+# -------------------------------------------------------------------------------------------------
+# Devices and processes
+
+
+class DEVICE:
+    """What --device said."""
+
+    kind = "auto"
+
+
+def choose_device(kind):
+    """The value of --device, for the whole process. UserError if there is no such device here."""
+    there = {
+        "auto": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if not there[kind]:
+        maker = {"cuda": "NVIDIA", "mps": "Apple"}[kind]
+        raise UserError(
+            f"--device {kind}: torch {torch.__version__} finds no {maker} GPU here; leave the flag "
+            f"out, or pass --device cpu"
+        )
+    DEVICE.kind = kind
 
 
 def default_device():
-    """This process's own GPU, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cpu")
+    """This process's own NVIDIA GPU, else the Apple GPU, else the CPU; or as --device says."""
+    kind = DEVICE.kind
+    if kind == "auto" and torch.cuda.is_available():
+        kind = "cuda"
+    elif kind == "auto":
+        kind = "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
+
+
+def has_float64(device):
+    """Apple GPUs compute in fp32 at most."""
+    return device.type != "mps"
 
 
 def join_processes():
     """Under torchrun, join the other processes: NCCL on GPUs, gloo on CPUs. UserError if there are
-    more processes than GPUs, or if the others do not connect."""
+    more processes than GPUs, if the others do not connect, or if SLURM started several processes
+    that do not know of one another."""
+    refuse_strangers()
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
     device = default_device()
+    if device.type == "mps":
+        raise UserError("several processes cannot share the Apple GPU; pass --device cpu, or one")
     if device.type == "cuda":
         if device.index >= torch.cuda.device_count():
             raise UserError(
@@ -709,8 +922,21 @@ def join_processes():
         raise UserError(
             f"rendezvous failed: rank {os.environ.get('RANK')} of {os.environ['WORLD_SIZE']} could "
             f"not reach the others at {os.environ.get('MASTER_ADDR')}:"
-            f"{os.environ.get('MASTER_PORT')} ({first_line(error)[:200]}); are all of them started?"
+            f"{os.environ.get('MASTER_PORT')} ({first_line(error)}); start all of them with "
+            f"torchrun, or unset WORLD_SIZE and RANK for a single process"
         ) from None
+
+
+def refuse_strangers():
+    """UserError if srun started several of this process: each would do all of the work."""
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if tasks.isdigit() and int(tasks) > 1 and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            f"SLURM_NTASKS is {tasks}, and each of these tasks would do the whole work by itself; "
+            f"ask for one task on a machine, and let it start the processes: srun "
+            f"--ntasks-per-node=1 torchrun --nproc_per_node=GPUS SCRIPT.py ... (for a single "
+            f"process: --ntasks=1)"
+        )
 
 
 def leave_processes():
@@ -764,6 +990,46 @@ def on_rank_0(act):
     return result
 
 
+@contextlib.contextmanager
+def exclusive(folder):
+    """Inside the with block this run alone works in the folder, which is made if it is missing.
+    The system holds the lock, on an empty file .lock that stays there, and lets go of it when this
+    process ends, whichever way. Rank 0 holds it for all processes. UserError if it is taken."""
+    files = []
+    on_rank_0(lambda: files.append(lock(Path(folder))))
+    try:
+        yield
+    finally:
+        for file in files:
+            file.close()
+
+
+def lock(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / LOCK, "w")
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers do not inherit it
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            raise UserError(
+                f"another process is working in {folder}; wait until it is done, or choose another "
+                f"folder"
+            ) from None
+        say(f"{folder} cannot be locked ({error.strerror}); start no second run there")
+    return file
+
+
+LOCK = ".lock"
+
+
 def lockstep(batches, device):
     """The batches of this process, then None for as long as another process still has some. So no
     process waits for longer than a batch takes, whatever the slowest has left."""
@@ -781,7 +1047,7 @@ def fast_bf16(device):
     """Is bf16 faster than fp32 here? CUDA from Ampere on, CPUs with AMX."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
 def arithmetic(precision, device):
@@ -809,8 +1075,8 @@ def autocast(precision, device):
 
 def synchronized_time(device):
     """The time in seconds, once the device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()
     return time.perf_counter()
 
 
@@ -829,7 +1095,7 @@ def format_speed(images_per_s, multiply_adds, precision, device):
     a matrix product's in the same arithmetic here and now, and peak memory."""
     size = rank_and_size()[1]
     memory = peak_memory(device)
-    side = 8192 if device.type == "cuda" else 2048
+    side = 2048 if device.type == "cpu" else 8192
     a = torch.randn(side, side, device=device)
     # What this machine reaches here and now, beside whatever else it does.
     with torch.no_grad(), autocast(precision, device):
@@ -847,6 +1113,8 @@ def peak_memory(device):
     """Peak memory of this process in GB: the GPU's, or on a CPU all of it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 1e9  # at present: it keeps no peak
     if sys.platform == "win32":
         return math.nan
     import resource  # does not exist on Windows
@@ -866,32 +1134,39 @@ def seed_from(*numbers):
 
 def say(text):
     """A message on stderr, on a line of its own."""
+    text = printable(text)
     if LIVE.length:
         blank = " " * min(LIVE.length, terminal_width() - 1)
-        print(f"\r{blank}\r", end="", file=sys.stderr)
+        to_stderr(f"\r{blank}\r", end="")
         LIVE.length = 0
-    print(text, file=sys.stderr, flush=True)
+    to_stderr(text)
+
+
+def to_stderr(text, end="\n"):
+    with contextlib.suppress(OSError):  # a terminal that was closed; its SIGHUP ends the run
+        print(text, end=end, file=sys.stderr, flush=True)
 
 
 def live_line(text):
     """Progress on stderr: on a terminal one line that is rewritten in place and never wider than
     the terminal; elsewhere at most one line a minute."""
+    text = printable(text)
     if sys.stderr.isatty():
         # One column less than there are: a full line would move the cursor to the next one.
         width = terminal_width() - 1
         text = text[:width]
         padded = text.ljust(min(LIVE.length, width))  # erases a longer line
-        print("\r" + padded, end="", file=sys.stderr, flush=True)
+        to_stderr("\r" + padded, end="")
         LIVE.length = len(text)
     elif time.time() - LIVE.printed > 60:
         LIVE.printed = time.time()
-        print(text, file=sys.stderr, flush=True)
+        to_stderr(text)
 
 
 def end_live_line():
     """Leave the live line where it is, and continue below it."""
     if LIVE.length:
-        print(file=sys.stderr, flush=True)
+        to_stderr("")
         LIVE.length = 0
 
 
@@ -910,9 +1185,28 @@ def terminal_width():
         return 80
 
 
+def printable(text, longest=4000):
+    """A text in one line of limited length: what is not a letter, a sign or a space (names in files
+    may hold line breaks and a terminal's commands) is escaped."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: longest + 1])
+    return text if len(text) <= longest else text[:longest] + "..."
+
+
+def short(value):
+    """A value from a file or a command line, as messages show it."""
+    return printable(value if isinstance(value, str) else repr_or_type(value), 60)
+
+
+def repr_or_type(value):
+    try:
+        return repr(value)
+    except ValueError:  # a number of more than 4,300 digits
+        return f"{type(value).__name__} of many digits"
+
+
 def first_line(error):
     """An exception in one line."""
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
+    return printable((str(error).splitlines() or [""])[0] or type(error).__name__, 200)
 
 
 @contextlib.contextmanager
@@ -937,10 +1231,15 @@ attention (28 x 2 x 256^2 x 1152 = 4.2); DiT's 119 includes them."""
 
 
 def main():
-    """Print the table of presets, by the source they come from."""
+    parser = Parser(prog="configs.py", description="Print every preset.")
+    parser.parse_args()
+    run_command(parser, print_presets)
+
+
+def print_presets():
+    """The table of presets, by the source they come from."""
     from diffit import measure  # for this table alone: as a module, configs needs no other file
 
-    Parser(prog="configs.py", description="Print every preset.").parse_args()
     print(
         f"{'preset':24}{'network':9}{'parameters':>12}{'GFLOPs':>9}{'tokens':>8}{'FID':>7}"
         f"   in the paper\n{'':44}(multiply-adds) (reported)"

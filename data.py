@@ -11,39 +11,40 @@ by index. Both skip images that cannot be read, and `UnreadableImages` counts th
 """
 
 import argparse
+import collections
 import colorsys
+import contextlib
+import gzip
 import hashlib
 import io
 import itertools
 import json
-import lzma
 import math
 import mmap
 import os
+import pickle
 import posixpath
-import shutil
-import signal
-import struct
 import tarfile
 import time
-import tokenize
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from configs import (
+    LOCK,
     Parser,
     UserError,
+    add_device,
     at_least,
     atomic_write,
     autocast,
     default_device,
+    exclusive,
     first_line,
     live_line,
     lockstep,
@@ -51,9 +52,17 @@ from configs import (
     rank_and_size,
     run_command,
     say,
+    short,
+    start_worker,
+    worker_count,
 )
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+# The formats that are read, whatever a file's name says. (Pillow knows many more, and starts
+# Ghostscript for one of them.)
+FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF"]
+Image.init()  # fills the table of suffixes
+EXTENSIONS = sorted(end for end, kind in Image.registered_extensions().items() if kind in FORMATS)
+MOST_PIXELS = 2**27  # of one image; decoded, each takes 3 bytes or more
 IMAGE_KINDS = (
     "'shapes', a folder of images (sub-folders are classes), a .zip of images, an .npz or a "
     "CIFAR-10/100 binary archive"
@@ -61,26 +70,29 @@ IMAGE_KINDS = (
 KINDS = f"{IMAGE_KINDS}, or a folder of latents made by data.py latents"
 
 
-# Everything that zipfile, tarfile and numpy raise for files that are damaged, encrypted or packed
-# in an unknown way; found by corrupting small files in 250,000 ways.
-READ_ERRORS = (
-    OSError,
-    EOFError,
-    ValueError,
-    RuntimeError,
-    SyntaxError,
-    tokenize.TokenError,
-    zlib.error,
-    lzma.LZMAError,
-    zipfile.BadZipFile,
-    tarfile.TarError,
-)
+@contextlib.contextmanager
+def parsing(path, kind, error_class=UserError):
+    """Around the calls of a library that takes a file apart, and around nothing else. For a damaged
+    file libraries raise what they like (numpy, zipfile, tarfile, Pillow and torch some thirty
+    types): here it becomes the sentence "PATH is damaged or not KIND (...)". What the system says
+    of a file that is missing or closed to us stays what it is."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename:
+            raise
+        why = first_line(error).split(" <_io")[0]  # without the address of a file object
+        raise error_class(f"{path} is damaged or not {kind} ({why})") from error
 
 
-def damaged(path, error):
-    """The UserError for a file that a library cannot read."""
-    why = first_line(error)
-    return UserError(f"{path} cannot be read ({why}); if it is damaged, fetch or make it again")
+def parse_json(text):
+    """The value of a text from anywhere; None if it is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 # -------------------------------------------------------------------------------------------------
@@ -91,32 +103,19 @@ class UnreadableImage(UserError):
     """One image of a data set cannot be read. Code that reads many images skips it."""
 
 
-# Everything that Pillow raises for broken files: of 368,000 corrupted files (png, jpeg, gif, webp,
-# bmp, tiff, ppm and 18 rarer formats) none raised anything else. Nearly all raise OSError; the rest
-# comes from headers, palettes and EXIF, which Pillow takes apart without checking every type.
-PILLOW_ERRORS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    TypeError,
-    AttributeError,
-    OverflowError,
-    RuntimeError,
-    struct.error,
-    Image.DecompressionBombError,
-)
-
-
 def decode(file):
     """An opened image file -> PIL image, RGB, upright; transparent parts are white.
-    UnreadableImage if it is broken or not an image."""
-    try:
-        image = ImageOps.exif_transpose(Image.open(file))  # decodes all pixels
-    except PILLOW_ERRORS as error:
-        why = first_line(error).split(" <_io")[0]  # without the address of the file object
-        raise UnreadableImage(why) from error
-    if image.mode == "F":  # their range is not known
-        raise UnreadableImage("it has floating-point pixels; convert it to 8 or 16 bits")
+    UnreadableImage if it is broken, not an image in one of FORMATS, or beyond all measure."""
+    with parsing("it", f"an image ({', '.join(FORMATS)})", UnreadableImage):
+        image = Image.open(file, formats=FORMATS)
+    if image.width * image.height > MOST_PIXELS:
+        raise UnreadableImage(f"it has {image.width} x {image.height} pixels; make it smaller")
+    kind = image.format
+    with parsing("it", f"a whole {kind} image", UnreadableImage):
+        image = ImageOps.exif_transpose(image)  # decodes all pixels
+    # The range of these is not known: as 16 bits, one of 0 to 255 would be black.
+    if image.mode == "F" or (image.mode == "I" and kind == "TIFF"):
+        raise UnreadableImage("it has 32-bit pixels; convert it to 8 or 16 bits")
     if image.mode.startswith("I"):  # 16-bit grey
         grey = (np.asarray(image) / 257).clip(0, 255).round()
         image = Image.fromarray(grey.astype(np.uint8))
@@ -196,14 +195,6 @@ def safetensors_layout(path):
     return layout, metadata
 
 
-def parse_json(text):
-    """The value of a text from anywhere; None if it is not JSON."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
 def parse_entry(entry, available):
     """An entry of a safetensors header -> (dtype, shape, begin, end); None if it has another form,
     contradicts itself, or goes beyond the `available` bytes of tensors."""
@@ -241,48 +232,82 @@ def read_safetensors(path):
     return tensors
 
 
-def read_file(path):
-    """A file of weights, or a checkpoint with more in it -> a dict, its tensors memory-mapped.
-    Safetensors, or written by torch.save; of the latter only tensors and plain values are ever
-    unpickled. UserError if it is missing, damaged or something else."""
+def read_file(path, mapped=True):
+    """A file of weights, or a checkpoint with more in it -> a dict, its tensors memory-mapped if
+    they can be. Safetensors, or written by torch.save; of the latter only tensors and plain values
+    are ever unpickled. UserError if it is missing, damaged or something else."""
     if not os.path.isfile(path):
         raise UserError(f"there is no file {path}")
     with open(path, "rb") as file:
         head = file.read(9)
+    if not head:
+        raise UserError(f"{path} is empty; fetch or make it again")
     if head[8:] == b"{" or str(path).endswith(".safetensors"):
         return read_safetensors(path)
-    content = read_torch_file(path, zipped=head.startswith(b"PK"))
+    content = read_torch_file(path, head.startswith(b"PK"), mapped)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not weights by name")
+    check_tensors(content, path)
     return content
 
 
-def read_torch_file(path, zipped):
+def read_torch_file(path, zipped, mapped):
     """The object that torch.save wrote. Since torch 1.6 that is a zip archive of uncompressed
     tensors, which can be memory-mapped."""
     if zipped:
-        if not zipfile.is_zipfile(path):  # the list of its parts, at the end, is missing
-            raise UserError(f"{path} is truncated; fetch or make it again")
-        with open_zip(path) as archive:
+        with parsing(path, "a whole file of torch.save"):  # without its end it has no list of parts
+            archive = zipfile.ZipFile(path)
+        with archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise UserError(f"{path} is compressed, which torch.save never does")
     # argparse.Namespace: the flags, in checkpoints of DiT's own training
     with torch.serialization.safe_globals([argparse.Namespace]):
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-        except Exception as error:  # of damaged files: twelve types, IndexError and KeyError, too
-            why = first_line(error)[:100]
-    if "Weights only" in why:  # torch goes on to advise trusting the file
-        why = "it holds more than tensors and plain values, or none"
-    raise UserError(f"{path} is truncated or not a file of weights ({why})")
+        with parsing(path, "a file of weights"):
+            try:
+                return torch.load(
+                    path, map_location="cpu", weights_only=True, mmap=zipped and mapped
+                )
+            except pickle.UnpicklingError:  # torch goes on to advise trusting the file
+                why = "it holds more than tensors and plain values, or none"
+                raise ValueError(why) from None
 
 
-def open_zip(path):
+def check_tensors(content, path):
+    """UserError unless every tensor in a file's content is an ordinary one: numbers of a known
+    type, each in a place of its own. Sparse, quantised, complex or overlapping ones, which a file
+    can hold as well, fail somewhere in torch, or crash it."""
+    seen = set()
+    parts = [content]
+    while parts:
+        part = parts.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, dict):
+            parts += [*part.keys(), *part.values()]
+        elif isinstance(part, (list, tuple, set)):
+            parts += part
+        elif isinstance(part, torch.Tensor) and not is_ordinary(part):
+            raise UserError(
+                f"{path} holds a {part.layout} tensor of {part.dtype} {tuple(part.shape)}, which "
+                f"is sparse, quantised, complex or overlaps itself; expected plain ones"
+            )
+
+
+def is_ordinary(tensor):
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    if tensor.dtype not in DTYPES.values() or tensor.is_neg():
+        return False
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    inside = tensor.nbytes <= tensor.untyped_storage().nbytes()
+    return inside and tensor.permute(order).is_contiguous()
+
+
+def open_zip(path, kind="a zip archive"):
     """A ZipFile; UserError if it is not a whole zip archive."""
-    try:
+    with parsing(path, kind):
         return zipfile.ZipFile(path)
-    except READ_ERRORS as error:
-        raise damaged(path, error) from None
 
 
 def weights_in(content, path, ema=True):
@@ -301,7 +326,7 @@ def weights_in(content, path, ema=True):
     if not state or not by_name:
         raise UserError(f"{path} holds no weights by name, and none under ema, model, state_dict")
     state = {
-        name.replace("_orig_mod.", "").removeprefix("module."): value
+        name.replace("_orig_mod.", "").removeprefix("module."): value.detach()
         for name, value in state.items()
     }
     return state, {"ema": "EMA", "": "plain"}.get(key, "raw")
@@ -330,12 +355,24 @@ def check_weights(model, state, path):
 
 
 def load_weights(model, state, path, assign=False):
-    """state_dict -> model, strictly; UserError as for check_weights. With assign, a network on the
-    meta device takes the tensors themselves: a memory-mapped file stays the only copy."""
+    """state_dict -> model, strictly; UserError as for check_weights, and for numbers that are not
+    finite. With assign, a network on the meta device takes the tensors themselves: a memory-mapped
+    file stays the only copy."""
     check_weights(model, state, path)
+    check_finite(state, path)
     own = model.state_dict()
     state = {name: state[name].to(value.dtype) for name, value in own.items()}
     model.load_state_dict(state, assign=assign)
+
+
+def check_finite(state, path):
+    """UserError if one of these tensors by name holds NaN or infinity."""
+    for name, value in state.items():
+        # The extremes need no memory, and are NaN if any number is.
+        if value.is_floating_point() and value.numel():
+            extremes = torch.stack(value.aminmax())
+            if not extremes.isfinite().all():
+                raise UserError(f"{path} holds numbers that are not finite, in {short(name)}")
 
 
 def weights_hash(*modules):
@@ -359,12 +396,31 @@ def file_hash(path):
 FORMAT = "diffit checkpoint 1"
 
 
-def read_checkpoint(path):
-    """A checkpoint of train.py: a dict of tensors and plain values, memory-mapped. UserError if the
-    file is missing, truncated or something else."""
-    state = read_file(path)
+# What a checkpoint of train.py has besides, for a resume.
+PARTS = {
+    "config": dict,
+    "dataset": (str, type(None)),
+    "step": int,
+    "progress": dict,
+    "model": dict,
+    "ema": dict,
+    "optimizer": dict,
+}
+
+
+def read_checkpoint(path, mapped=True):
+    """A checkpoint of train.py that a run can resume from: a dict of tensors and plain values.
+    UserError if the file is missing, damaged or something else."""
+    state = read_file(path, mapped)
     if state.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of train.py (expected the format {FORMAT!r})")
+    state.setdefault("dataset", None)  # earlier versions had none
+    wrong = [name for name, kind in PARTS.items() if not isinstance(state.get(name), kind)]
+    if wrong or state["step"] < 0:
+        raise UserError(
+            f"{path} cannot be resumed: it lacks {', '.join(wrong) or 'its step'}, or has it in "
+            f"another form"
+        )
     return state
 
 
@@ -584,9 +640,25 @@ class ImageDataset:
     labels = None
     labels_from = ""  # "sub-folders", "dataset.json", "arr_1", "the archive"
     class_names = ()
+    left_out = ""  # files that are no images, counted
 
     def name(self, i):
         return f"image {i}"
+
+    @property
+    def num_classes(self):
+        """Of the labels: the largest one decides where there are no names."""
+        return 0 if self.labels is None else max(len(self.class_names), int(self.labels.max()) + 1)
+
+    def summary(self):
+        """What was found, in one line."""
+        text = f"{len(self)} images"
+        if self.labels is not None:
+            names = [f"{k} {short(name)}" for k, name in enumerate(self.class_names)]
+            shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+            text += f" of {self.num_classes} classes" + (f": {shown}" if names else "")
+            text += f" (by {self.labels_from})" if self.labels_from else ""
+        return text + (f"; left out: {self.left_out}" if self.left_out else "")
 
     def example(self, i, mirrored, rng):
         """-> (3, size, size) uint8. rng is for data sets whose examples are random (Latents)."""
@@ -700,9 +772,10 @@ class ImageFiles(ImageDataset):
     """Images in a folder or in a .zip, read when asked for, cropped and resized to size. Without a
     size, all must be squares as large as the first.
 
-    Labels come from a dataset.json ({"labels": [["path", class], ...]}, as in EDM) in a folder that
-    holds all images; else from the sub-folders, in alphabetical order, inside the one folder that
-    holds everything; images without sub-folders have none.
+    Labels come from a dataset.json ({"labels": [["path", class], ...], "class_names": [...]}, the
+    first as in EDM, the second optional) in a folder that holds all images; else from the
+    sub-folders, in alphabetical order, or that of their numbers if all are numbers, inside the one
+    folder that holds everything; images without sub-folders have none.
     UserError if there are no images, or if the labels cannot be understood."""
 
     def __init__(self, path, size=None):
@@ -711,16 +784,22 @@ class ImageFiles(ImageDataset):
         self.archive = None
         self.archive_pid = None
         self.crops = size is not None
-        self.renamed = {}  # name here -> name in the zip, where they differ
+        self.written = {}  # name here -> name in the zip, where they differ
         found = self.names_in_zip() if self.is_zip else self.names_in_folder()
         hidden = (".", "__MACOSX")
-        found = [n for n in found if not any(part.startswith(hidden) for part in n.split("/"))]
-        self.names = sorted({n for n in found if os.path.splitext(n)[1].lower() in EXTENSIONS})
+        found = {n for n in found if not any(part.startswith(hidden) for part in n.split("/"))}
+        described = [n for n in found if posixpath.basename(n).lower() == "dataset.json"]
+        self.names = sorted(n for n in found if suffix(n) in EXTENSIONS)
+        others = collections.Counter(
+            suffix(n) or "without a suffix" for n in found.difference(self.names, described)
+        )
+        self.left_out = ", ".join(f"{count} {end}" for end, count in others.most_common(5))
         if not self.names:
-            kinds = ", ".join(EXTENSIONS)
-            raise UserError(f"{path} holds no images ({kinds}); --data takes {KINDS}")
+            raise UserError(
+                f"{path} holds no images ({', '.join(EXTENSIONS)})"
+                + (f", but {self.left_out}" if self.left_out else "")
+            )
         self.root = ""  # the folder, in all names, that labels are relative to
-        described = [n for n in found if posixpath.basename(n) == "dataset.json"]
         if described:
             self.labels_from_json(described)
         else:
@@ -740,23 +819,23 @@ class ImageFiles(ImageDataset):
         for written in self.zip().namelist():
             name = slashes(written)
             if name != written:
-                self.renamed[name] = written
+                self.written[name] = written
             if not name.endswith("/"):  # not a folder
                 yield name
 
     def labels_from_json(self, described):
         """described: the names of all files called dataset.json."""
-        self.root = described[0].removesuffix("dataset.json")
+        self.root = described[0][: -len("dataset.json")]
         if len(described) > 1 or not all(name.startswith(self.root) for name in self.names):
             raise UserError(
-                f"{self.path} holds {', '.join(described[:5])}; expected one dataset.json, in a "
-                f"folder that holds all images"
+                f"{self.path} holds {', '.join(map(short, sorted(described)[:5]))}; expected one "
+                f"dataset.json, in a folder that holds all images"
             )
         try:
             with self.open(described[0]) as file:
                 content = parse_json(file.read())
         except UnreadableImage as error:
-            raise damaged(self.path, error) from None
+            raise UserError(f"dataset.json in {self.path}: {error}") from None
         pairs = content.get("labels", ()) if isinstance(content, dict) else ()
         if pairs is None:
             return
@@ -765,13 +844,19 @@ class ImageFiles(ImageDataset):
             label_of = {slashes(str(name)): label for name, label in pairs}
         labels = [label_of.get(name[len(self.root) :]) for name in self.names]
         for name, label in zip(self.names, labels):
-            if type(label) is not int or not 0 <= label < 2**31:
+            if type(label) is not int or not 0 <= label < MOST_CLASSES:
                 raise UserError(
-                    f"dataset.json in {self.path} gives {name} the class {str(label)[:60]}; "
+                    f"dataset.json in {self.path} gives {short(name)} the class {short(label)}; "
                     'expected {"labels": [["path", class], ...]} with numbers from 0 for all images'
                 )
         self.labels = np.array(labels, np.int64)
         self.labels_from = "dataset.json"
+        self.class_names = content.get("class_names", [])
+        if not is_names(self.class_names) or 0 < len(self.class_names) <= self.labels.max():
+            raise UserError(
+                f"dataset.json in {self.path} has the class_names {short(self.class_names)}; "
+                f"expected a list with a name for each class up to {self.labels.max()}"
+            )
 
     def labels_from_folders(self):
         # What the first and the last of the sorted names share, all share. The classes are the
@@ -785,6 +870,13 @@ class ImageFiles(ImageDataset):
         class_names = sorted(set(folders) - {None})
         if not class_names:
             return
+        if all(name.isascii() and name.isdigit() for name in class_names):
+            class_names.sort(key=int)  # 2 before 10
+        if len(class_names) > 1 and SPLITS.issuperset(name.lower() for name in class_names):
+            raise UserError(
+                f"{self.path} has the folders {' and '.join(class_names)}, which are parts of a "
+                f"data set and not classes; give one of them: {self.path / self.root / class_names[0]}"
+            )
         if None in folders:
             raise UserError(
                 f"{self.path} has images both beside and inside sub-folders, so their classes are "
@@ -815,10 +907,11 @@ class ImageFiles(ImageDataset):
     def open(self, name):
         if not self.is_zip:
             return open(self.path / name, "rb")
-        try:
-            return io.BytesIO(self.zip().read(self.renamed.get(name, name)))
-        except READ_ERRORS as error:
-            raise UnreadableImage(first_line(error)) from error
+        with parsing("it", "packed in a way that Python can unpack", UnreadableImage):
+            entry = self.zip().getinfo(self.written.get(name, name))
+            if entry.file_size > MOST_BYTES:
+                raise UnreadableImage(f"it has {entry.file_size} bytes; make it smaller")
+            return io.BytesIO(self.zip().read(entry))
 
     def __getstate__(self):  # a file handle cannot be pickled; a worker opens its own
         return {**self.__dict__, "archive": None, "archive_pid": None}
@@ -846,10 +939,22 @@ class ImageFiles(ImageDataset):
             image = decode(file)
         if not self.crops and image.size != (self.size, self.size):
             raise UnreadableImage(
-                f"{image.width} x {image.height} pixels, where the first image has {self.size} x "
-                f"{self.size}; pass --size to crop all"
+                f"not of {self.size} x {self.size} pixels, like the first; pass --size to crop all"
             )
         return center_crop(image, self.size)
+
+
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}
+MOST_CLASSES = 2**20
+MOST_BYTES = 2**29  # of one image's file
+
+
+def suffix(name):
+    return posixpath.splitext(name)[1].lower()
+
+
+def is_names(value):
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def slashes(name):
@@ -911,69 +1016,97 @@ class ImageArray(ImageDataset):
 def read_npz(path, size=None):
     """arr_0, uint8 NHWC, and arr_1, labels, of an .npz (the form of ADM's samples) -> ImageArray.
     An uncompressed arr_0 stays in the file, memory-mapped."""
-    with open_zip(path) as archive:
-        names = [n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")]
-    if "arr_0" not in names:
-        raise UserError(f"{path} has no array arr_0 (found: {', '.join(names[:10]) or 'nothing'})")
-    images = mapped_array(path, "arr_0.npy")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            images = file["arr_0"] if images is None else images
-            labels = file["arr_1"] if "arr_1" in names else None
-    except READ_ERRORS as error:
-        raise damaged(path, error) from None
-    if not isinstance(images, np.ndarray):  # np.load returns the bytes of anything else
-        raise UserError(f"arr_0 in {path} is not an array; fetch or make it again")
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
+    images = read_array(path, "arr_0", mapped=True)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
         raise UserError(
             f"arr_0 in {path} is {images.dtype} {images.shape}, not uint8 (n, height, width, 3)"
         )
+    labels = read_array(path, "arr_1") if "arr_1" in array_names(path) else None
     if labels is not None:
         n = len(images)
-        if labels.shape != (n,) or labels.dtype.kind not in "iu" or labels.min() < 0:
+        whole = labels.shape == (n,) and labels.dtype.kind in "iu"
+        if not whole or labels.min() < 0 or labels.max() >= MOST_CLASSES:
             kind = f"{labels.dtype} {labels.shape}"
             raise UserError(f"arr_1 in {path} is {kind}, not class numbers of the {n} images")
         labels = labels.astype(np.int64)
     return ImageArray(images, labels, size, labels_from="arr_1")
 
 
-def mapped_array(path, name):
-    """An array of an .npz, memory-mapped. None if it is compressed (np.savez does not), damaged or
-    not a plain array."""
-    with open_zip(path) as archive:
-        entry = archive.getinfo(name)
-    if entry.compress_type != zipfile.ZIP_STORED:
-        return None
-    try:
-        with open(path, "rb") as file:
-            # A header of 30 bytes ends in the lengths of the name and the extra field after it.
-            file.seek(entry.header_offset + 26)
-            lengths = np.frombuffer(file.read(4), "<u2")
-            file.seek(int(lengths.sum()), os.SEEK_CUR)
-            start = file.tell()
-            if np.lib.format.read_magic(file) != (1, 0):
-                return None
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-            at = file.tell()
-        if dtype.hasobject or at + math.prod(shape) * dtype.itemsize != start + entry.file_size:
-            return None
-        return MappedArray(path, dtype, "r", at, shape, "F" if fortran else "C")
-    except READ_ERRORS:  # np.load will say how it is damaged
-        return None
+def array_names(path):
+    """The names of the arrays in an .npz. UserError if it is not one."""
+    with open_zip(path, "an .npz file") as archive:
+        return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+
+
+def read_array(path, name, mapped=False):
+    """An array of an .npz; with `mapped`, memory-mapped if it is not compressed. UserError if it is
+    not there, or damaged."""
+    names = array_names(path)
+    if name not in names:
+        raise UserError(
+            f"{path} has no array {name} (found: {', '.join(map(short, names[:10])) or 'nothing'})"
+        )
+    with open_zip(path) as archive, parsing(path, f"an .npz file with an array {name}"):
+        entry = archive.getinfo(f"{name}.npy")
+        # Deflate makes nothing smaller than by 1032.
+        if entry.file_size > 1032 * entry.compress_size + 1024:
+            raise ValueError(f"{entry.file_size} bytes cannot come from {entry.compress_size}")
+        if mapped and entry.compress_type == zipfile.ZIP_STORED:
+            return map_array(path, place_in_zip(path, entry), entry.file_size)
+        with archive.open(entry) as file:
+            dtype, shape, order = array_header(file, entry.file_size)
+            return np.ndarray(shape, dtype, file.read(), order=order).copy()
+
+
+def place_in_zip(path, entry):
+    """The first byte of an uncompressed entry."""
+    with open(path, "rb") as file:
+        # A header of 30 bytes ends in the lengths of the name and the extra field after it.
+        file.seek(entry.header_offset + 26)
+        lengths = np.frombuffer(file.read(4), "<u2")
+        return entry.header_offset + 30 + int(lengths.sum())
+
+
+def array_header(file, size):
+    """The header of an .npy of `size` bytes, at whose first byte the file stands -> dtype, shape,
+    order; the file then stands at the numbers. ValueError if they are not all there."""
+    begin = file.tell()
+    version = np.lib.format.read_magic(file)
+    read = {(1, 0): "read_array_header_1_0", (2, 0): "read_array_header_2_0"}[version]
+    shape, fortran, dtype = getattr(np.lib.format, read)(file)
+    expected = file.tell() - begin + math.prod(shape) * dtype.itemsize
+    if dtype.hasobject or min(shape, default=0) < 0 or expected != size:
+        raise ValueError(f"its header describes {dtype} {shape}, and it has {size} bytes")
+    return dtype, shape, "F" if fortran else "C"
+
+
+def map_array(path, place=0, size=None, mode="r"):
+    """The .npy at `place` in a file -> its numbers, memory-mapped. Errors of numpy's own kinds."""
+    with open(path, "rb") as file:
+        file.seek(place)
+        dtype, shape, order = array_header(file, size or os.path.getsize(path))
+        start = file.tell()
+    if not math.prod(shape):
+        return np.empty(shape, dtype)  # nothing that could be mapped
+    return MappedArray(path, dtype, mode, start, shape, order)
+
+
+MOST_CIFAR = 2**28  # bytes; either archive has 185 million
 
 
 def read_cifar(path, size=None):
     """The training images of cifar-10-binary.tar.gz, or of cifar-100-binary.tar.gz with its fine
     labels -> ImageArray. A record is 1 or 2 label bytes, then 3 x 32 x 32 pixels."""
     contents = {}
-    try:
-        with tarfile.open(path) as tar:
+    with open(path, "rb") as file, parsing(path, "CIFAR's binary archive"):
+        unpacked = file if path.lower().endswith(".tar") else gzip.GzipFile(fileobj=file)
+        # Unpacked first, and no further than this: sizes in the archive itself may lie.
+        unpacked = io.BytesIO(unpacked.read(MOST_CIFAR))
+        with tarfile.open(fileobj=unpacked, mode="r:") as tar:
             for member in tar:
                 name = posixpath.basename(member.name)
                 if member.isfile() and name.endswith((".bin", ".txt")) and "test" not in name:
                     contents[name] = tar.extractfile(member).read()
-    except READ_ERRORS as error:
-        raise damaged(path, error) from None
     batches = sorted(name for name in contents if name.startswith("data_batch_"))
     if batches:
         label_bytes, titles = 1, "batches.meta.txt"
@@ -989,6 +1122,7 @@ def read_cifar(path, size=None):
     images = records[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # NHWC
     labels = records[:, label_bytes - 1].astype(np.int64)  # CIFAR-100 has the coarse one before it
     names = contents.get(titles, b"").decode(errors="replace").split()
+    names = names if len(names) > labels.max() else []
     return ImageArray(np.ascontiguousarray(images), labels, size, names, "the archive")
 
 
@@ -1000,7 +1134,8 @@ class Latents:
     """The folder that `python data.py latents` makes: the mean and log-variance of the VAE's
     posterior for each image and its mirror image.
 
-        latents.json    format, vae (fingerprint), scale, size (of the images), data (fingerprint)
+        latents.json    format, vae (fingerprint), scale, size (of the images), data (fingerprint),
+                        class_names
         moments.npy     (n, 2, 2, C, g, g) fp16: plain or mirrored, mean or log-variance
         labels.npy      (n,) int64, -1 where the images have none
         state.npy       (n,) uint8, TO_DO, DONE or UNREADABLE
@@ -1008,19 +1143,26 @@ class Latents:
     An example is a fresh sample of the posterior, (C, g, g) fp32, scaled. UserError if the folder
     is not finished, or made with another scale or for another size."""
 
-    class_names = ()
     labels_from = "the latents"
+    left_out = ""
 
     def __init__(self, path, size=None):
         self.path = Path(path)
         self.header = read_latents_header(path)
-        self.moments = load_array(self.path / "moments.npy", "r").view(MappedArray)
-        self.channels, self.size = self.moments.shape[3:5]
+        self.moments = load_array(self.path / "moments.npy", mapped=True)
         state = load_array(self.path / "state.npy")
+        labels = load_array(self.path / "labels.npy")
+        n = len(state)
+        like = self.moments.shape[:3] == (n, 2, 2) and self.moments.dtype == np.float16
+        like = like and self.moments.ndim == 6 and self.moments.shape[4] == self.moments.shape[5]
+        like = like and labels.shape == state.shape == (n,) and labels.dtype == np.int64
+        if not n or not like or labels.max() >= MOST_CLASSES:
+            raise UserError(f"{path} is damaged: its arrays do not belong together; make it again")
+        self.channels, self.size = self.moments.shape[3:5]
         to_do = np.count_nonzero(state == TO_DO)
         if to_do:
             raise UserError(
-                f"{to_do} of {len(state)} latents in {path} are still to be made; run the same "
+                f"{to_do} of {n} latents in {path} are still to be made; run the same "
                 f"data.py latents command again"
             )
         if self.header["scale"] != VAE.scale:
@@ -1031,8 +1173,14 @@ class Latents:
                 f"x {size}; choose another preset, or make them with another --size"
             )
         self.kept = np.flatnonzero(state == DONE)  # place -> index in the files
-        labels = load_array(self.path / "labels.npy")[self.kept]
+        if not len(self.kept):
+            raise UserError(f"{path} holds no latents: none of its images could be read")
+        labels = labels[self.kept]
         self.labels = None if (labels < 0).any() else labels
+        self.class_names = self.header.get("class_names", [])
+
+    num_classes = ImageDataset.num_classes
+    summary = ImageDataset.summary
 
     def __len__(self):
         return len(self.kept)
@@ -1046,22 +1194,24 @@ class Latents:
 
     def example(self, i, mirrored, rng):
         moments = self.moments[self.kept[i], int(mirrored)].astype(np.float32)  # (2, C, g, g)
+        if not np.isfinite(moments).all():
+            raise UnreadableImage("its numbers are not finite")
         mean, logvar = torch.from_numpy(moments)
         noise = torch.from_numpy(rng.standard_normal(mean.shape, np.float32))
         return VAE.latent(mean, logvar, noise)
 
 
-def load_array(path, mmap_mode=None):
+def load_array(path, mapped=False, mode="r"):
     """An .npy file; UserError if it is damaged."""
-    try:
-        return np.load(path, mmap_mode)
-    except READ_ERRORS as error:
-        raise damaged(path, error) from None
+    with parsing(path, "an .npy file"):
+        array = map_array(path, mode=mode)
+        return array if mapped else np.array(array)
 
 
 def read_latents_header(folder):
     header = parse_json((Path(folder) / "latents.json").read_bytes())
-    if not isinstance(header, dict) or header.get("format") != LATENTS:
+    whole = isinstance(header, dict) and {"vae", "scale", "size", "data"} <= header.keys()
+    if not whole or header.get("format") != LATENTS or not is_names(header.get("class_names", [])):
         raise UserError(f"{folder} holds no latents of this version ({LATENTS!r}); make them again")
     return header
 
@@ -1078,7 +1228,7 @@ def open_dataset(path: str | Path, size: int | None = None) -> ImageDataset | La
     if path == "shapes":
         return Shapes(size or 32)
     if not os.path.exists(path):
-        raise UserError(f"there is no data at {path!r}; --data takes {KINDS}")
+        raise UserError(f"there is no data at {path}; expected {KINDS}")
     if is_latents(path):
         return Latents(path, size)
     if os.path.isdir(path) or path.lower().endswith(".zip"):
@@ -1087,7 +1237,7 @@ def open_dataset(path: str | Path, size: int | None = None) -> ImageDataset | La
         return read_npz(path, size)
     if path.lower().endswith((".tar.gz", ".tgz", ".tar")):
         return read_cifar(path, size)
-    raise UserError(f"cannot tell what {path!r} holds; --data takes {KINDS}")
+    raise UserError(f"cannot tell what {path} holds; expected {KINDS}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1134,30 +1284,26 @@ class ShuffledStream(torch.utils.data.Dataset):
 
 
 def loader(dataset, batches, workers, pin_memory=False):
-    """A DataLoader over `batches`, an iterable of lists of places -> examples (b, C, H, W), labels
-    (b,), unreadable."""
-    return torch.utils.data.DataLoader(
+    """Over `batches`, an iterable of lists of places: examples (b, C, H, W), labels (b,),
+    unreadable. Workers send numpy arrays, through a pipe: tensors would need room in /dev/shm, of
+    which a container may have very little."""
+    workers = worker_count(workers)
+    batches = torch.utils.data.DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,
-        worker_init_fn=ignore_signals,
-        pin_memory=pin_memory,
+        worker_init_fn=start_worker,
         prefetch_factor=4 if workers else None,
     )
+    for examples, labels, unreadable in batches:
+        examples, labels = torch.from_numpy(examples), torch.from_numpy(labels)
+        yield examples.pin_memory() if pin_memory else examples, labels, unreadable
 
 
 def collate(items):
     examples, labels, unreadable = zip(*items)
-    return torch.stack(examples), torch.tensor(labels), sum(unreadable, [])
-
-
-def ignore_signals(_):
-    """In a worker: Ctrl-C, and the SIGTERM that a cluster sends to every process, are left to the
-    main process, which needs this worker until its step is done. A second SIGTERM ends it, so that
-    torch can."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    return torch.stack(examples).numpy(), np.array(labels), sum(unreadable, [])
 
 
 class IndexedImages(torch.utils.data.Dataset):
@@ -1186,9 +1332,9 @@ class IndexedImages(torch.utils.data.Dataset):
         return torch.utils.data.DataLoader(
             cls(dataset, form),
             batch_sampler=[indices[k : k + batch] for k in range(0, len(indices), batch)],
-            num_workers=workers,
+            num_workers=worker_count(workers),
             collate_fn=cls.collate,
-            worker_init_fn=ignore_signals,
+            worker_init_fn=start_worker,
         )
 
 
@@ -1198,7 +1344,8 @@ def max_unreadable(n):
 
 
 class UnreadableImages:
-    """Names and counts the images that cannot be read. UserError, with the list, past 1 %."""
+    """Names and counts the images that cannot be read. UserError, with the list and the reasons,
+    past 1 %."""
 
     def __init__(self, dataset, verbose=True):
         self.found = {}  # name -> why
@@ -1212,11 +1359,14 @@ class UnreadableImages:
                 say(f"skipped {name}: {why}")
             self.found.setdefault(name, why)
         if len(self.found) > max_unreadable(self.total):
-            names = list(self.found)[:100]
-            more = ", ..." if len(self.found) > len(names) else ""
+            names_by_reason = {}
+            for name, why in itertools.islice(self.found.items(), 100):
+                names_by_reason.setdefault(why, []).append(short(name))
+            listed = [f"{', '.join(names)}: {why}" for why, names in names_by_reason.items()]
+            more = "; ..." if len(self.found) > 100 else ""
             raise UserError(
-                f"{len(self.found)} of {self.total} images cannot be read, more than 1 %; repair "
-                f"or replace them: {', '.join(names)}{more}"
+                f"{len(self.found)} of {self.total} images cannot be read, more than 1 %: "
+                f"{'; '.join(listed)}{more}"
             )
 
 
@@ -1370,33 +1520,53 @@ def to_float(images):
     return to_network(torch.from_numpy(images).permute(0, 3, 1, 2))
 
 
-def image_grid(images, columns=None):
-    """uint8 (n, H, W, 3) -> one PIL image, row by row; images under 64 pixels are enlarged."""
+def image_grid(images, columns=None, captions=None):
+    """uint8 (n, H, W, 3) -> one PIL image, row by row; images under 64 pixels are enlarged.
+    captions: a text for each; they stand above a row, unless the row above has the same."""
     n, height, width, _ = images.shape
     columns = min(n, columns or math.ceil(math.sqrt(n)))
-    rows = math.ceil(n / columns)
+    rows = [range(k, min(k + columns, n)) for k in range(0, n, columns)]
+    texts = [[captions[k] for k in row] if captions else [] for row in rows]
+    captioned = [text != above[: len(text)] for above, text in zip([[], *texts], texts)]
     zoom = max(1, 64 // width)
     gap = 2  # pixels of white
-    step_y = zoom * height + gap
+    line = 13  # height of a caption
     step_x = zoom * width + gap
-    sheet = np.full((rows * step_y + gap, columns * step_x + gap, 3), 255, np.uint8)
-    for k, image in enumerate(images):
-        top = gap + k // columns * step_y
-        left = gap + k % columns * step_x
-        enlarged = image.repeat(zoom, 0).repeat(zoom, 1)
-        sheet[top : top + zoom * height, left : left + zoom * width] = enlarged
-    return Image.fromarray(sheet)
+    step_y = zoom * height + gap
+    size = columns * step_x + gap, len(rows) * step_y + gap + line * sum(captioned)
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default()
+    top = gap
+    for row, text, shown in zip(rows, texts, captioned):
+        for k, caption in enumerate(text if shown else []):
+            # The font has no other letters; what is too long is cut.
+            caption = caption.encode("latin-1", "replace").decode("latin-1")
+            while caption and pen.textlength(caption, font) > step_x:
+                caption = caption[:-1]
+            pen.text((gap + k * step_x, top), caption, "black", font)
+        top += line * shown
+        for k, i in enumerate(row):
+            image = Image.fromarray(images[i]).resize((zoom * width, zoom * height), 0)  # nearest
+            sheet.paste(image, (gap + k * step_x, top))
+        top += step_y
+    return sheet
 
 
-def save_grid(images: np.ndarray, path: str | Path, columns: int | None = None) -> None:
-    """uint8 (n, H, W, 3) -> an image file of all of them."""
-    save_image(image_grid(images, columns), path)
+def save_grid(
+    images: np.ndarray,
+    path: str | Path,
+    columns: int | None = None,
+    captions: list[str] | None = None,
+) -> None:
+    """uint8 (n, H, W, 3) -> an image file of all of them, as image_grid arranges them."""
+    save_image(image_grid(images, columns, captions), path)
 
 
-def save_gif(frames, path, columns=None):
+def save_gif(frames, path, columns=None, captions=None):
     """A list of uint8 (n, H, W, 3) -> an animated .gif of their grids: three seconds, and two more
     on the last."""
-    first, *rest = [image_grid(images, columns) for images in frames]
+    first, *rest = [image_grid(images, columns, captions) for images in frames]
     duration = [max(20, 3000 // len(frames))] * len(rest) + [2000]  # milliseconds
     save_image(first, path, save_all=True, append_images=rest, duration=duration, loop=0)
 
@@ -1424,6 +1594,7 @@ def prepare(source, dest, size, workers=2):
         raise UserError(f"{dest} exists; remove it or choose another name")
     check_parent(dest)
     dataset = open_images(source, size)
+    say(dataset.summary())
     labels = []
     unreadable = UnreadableImages(dataset)
     everything = range(len(dataset))
@@ -1436,10 +1607,10 @@ def prepare(source, dest, size, workers=2):
                 labels.append([name, None if dataset.labels is None else int(dataset.labels[i])])
             live_line(f"{len(labels)} of {len(dataset)} images")
         known = labels if dataset.labels is not None else None
-        out.writestr("dataset.json", json.dumps({"labels": known}))
-    classes = 0 if dataset.labels is None else int(dataset.labels.max()) + 1
+        content = {"labels": known, "class_names": list(dataset.class_names)}
+        out.writestr("dataset.json", json.dumps(content))
     say(
-        f"{dest}: {len(labels)} images of {size} x {size}, {classes} classes, "
+        f"{dest}: {len(labels)} images of {size} x {size}, {dataset.num_classes} classes, "
         f"{len(unreadable.found)} unreadable images left out"
     )
 
@@ -1481,43 +1652,51 @@ def cache_latents(source, dest, vae, size, batch=8, workers=2, bf16=False):
     if size % vae.factor:
         raise UserError(f"--size {size} is not a multiple of {vae.factor}, as this VAE needs it")
     dataset = open_images(source, size)
+    if rank == 0:
+        say(dataset.summary())
     precision = "bf16" if bf16 else "fp32"
     made_of = {"vae": vae.fingerprint(), "scale": VAE.scale, "data": dataset.fingerprint()}
     header = {"format": LATENTS, "size": size, "precision": precision, **made_of}
+    header["class_names"] = list(dataset.class_names)
     grid = size // vae.factor
     shape = (len(dataset), 2, 2, vae.post_quant_conv.in_channels, grid, grid)
-    if on_rank_0(lambda: start_or_resume(dest, header, shape, dataset.labels)):
-        if rank == 0:
-            say(f"{dest} is complete")
-        return
-    make_latents(dest, dataset, vae, batch, workers, precision)
-    on_rank_0(lambda: check_finished(dest, dataset, size))
+    on_rank_0(lambda: check_folder(dest, header))
+    with exclusive(dest):
+        if on_rank_0(lambda: start_or_resume(dest, header, shape, dataset.labels)):
+            if rank == 0:
+                say(f"{dest} is complete")
+            return
+        make_latents(dest, dataset, vae, batch, workers, precision)
+        on_rank_0(lambda: check_finished(dest, dataset, size))
 
 
-def start_or_resume(dest, header, shape, labels):
-    """Make the folder, or check that it is of the same images, VAE and size -> is it complete?"""
+def check_folder(dest, header):
+    """UserError if the folder holds anything but latents of the same images, VAE and size."""
     if is_latents(dest):
         found = read_latents_header(dest)
+        found.setdefault("class_names", header["class_names"])  # earlier versions had none
         differ = [key for key in header if found.get(key) != header[key]]
         if differ:
             other = " and ".join(differ)
             raise UserError(
                 f"{dest} was made of another {other}; remove it, or choose another name"
             )
+    elif dest.exists():
+        # A run that was stopped right at its start has left some of these.
+        ours = {LOCK, "moments.npy", "labels.npy", "state.npy", ".latents.json.tmp"}
+        if not dest.is_dir() or {path.name for path in dest.iterdir()} - ours:
+            raise UserError(f"{dest} exists and holds no latents; remove it or choose another name")
+
+
+def start_or_resume(dest, header, shape, labels):
+    """Make the files, of which the header is the last, unless they are there -> are all done?"""
+    if is_latents(dest):
         return bool(load_array(dest / "state.npy").all())
-    if dest.exists():
-        raise UserError(f"{dest} exists and holds no latents; remove it or choose another name")
-    temporary = dest.with_name(f".{dest.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        allocate(temporary / "moments.npy", shape, np.float16)
-        np.save(temporary / "labels.npy", np.full(shape[0], -1) if labels is None else labels)
-        np.save(temporary / "state.npy", np.full(shape[0], TO_DO, np.uint8))
-        (temporary / "latents.json").write_text(json.dumps(header, indent=1))
-        os.replace(temporary, dest)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    allocate(dest / "moments.npy", shape, np.float16)
+    np.save(dest / "labels.npy", np.full(shape[0], -1) if labels is None else labels)
+    np.save(dest / "state.npy", np.full(shape[0], TO_DO, np.uint8))
+    with atomic_write(dest / "latents.json") as temporary:
+        temporary.write_text(json.dumps(header, indent=1))
     return False
 
 
@@ -1538,8 +1717,8 @@ def allocate(path, shape, dtype):
 def make_latents(folder, dataset, vae, batch, workers, precision):
     """This process's share of the latents that are not done yet."""
     rank, ranks = rank_and_size()
-    moments = load_array(folder / "moments.npy", "r+")
-    state = load_array(folder / "state.npy", "r+")
+    moments = load_array(folder / "moments.npy", mapped=True, mode="r+")
+    state = load_array(folder / "state.npy", mapped=True, mode="r+")
     mine = np.flatnonzero(state != DONE)  # unreadable images may have been repaired
     # Whole batches each, so that batches, and with them the last bits, are those of one process.
     mine = mine[mine // batch % ranks == rank].tolist()
@@ -1584,12 +1763,12 @@ def posteriors(vae, images, precision):
 
 def check_finished(folder, dataset, size):
     """Of all processes: UserError if too many images were unreadable, else a summary."""
-    state = load_array(folder / "state.npy", "r+")
+    state = load_array(folder / "state.npy", mapped=True, mode="r+")
     lost = np.flatnonzero(state == UNREADABLE)
     unreadable = UnreadableImages(dataset, verbose=False)
     if len(lost) > max_unreadable(len(dataset)):
         state[lost] = TO_DO  # for the same command, once they are repaired
-    unreadable.add((dataset.name(i), "") for i in lost)
+    unreadable.add((dataset.name(i), "see above") for i in lost)
     say(
         f"{folder}: latents of {len(state) - len(lost)} images of {size} x {size}, {len(lost)} "
         f"unreadable images left out"
@@ -1614,16 +1793,18 @@ def main():
     )
     command.add_argument("--batch", type=at_least(1), default=8, help="images at a time")
     command.add_argument("--bf16", action="store_true", help="encode in bf16 instead of fp32")
+    add_device(command)
     options = vars(parser.parse_args())
     act = {"prepare": prepare, "latents": cache_latents}[options.pop("command")]
+    device = options.pop("device", "cpu")
     run_command(
-        parser, lambda: act(**options), "pass a smaller --batch", "the same command resumes"
+        parser, lambda: act(**options), "pass a smaller --batch", "the same command resumes", device
     )
 
 
 def common_flags(command):
     command.add_argument(
-        "--size", type=at_least(1), required=True, help="height and width in pixels"
+        "--size", type=at_least(1, 2**14), required=True, help="height and width in pixels"
     )
     command.add_argument(
         "--workers", type=at_least(0), default=2, help="processes that read images"

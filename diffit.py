@@ -275,7 +275,12 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(x, approximate="tanh"))                  # tanh: as released
 
 
-class DiffiTBlock(nn.Module):
+class Block(nn.Module):
+    """What networks are stacked from: the units that train.py compiles (--compile) or computes
+    again in the backward pass (--grad-checkpointing)."""
+
+
+class DiffiTBlock(Block):
     """DiffiT eqs. 7-8: x = TMSA(LN(x), c) + x;  x = MLP(LN(x)) + x. The condition enters in the
     attention only: no shift, scale or gate. time_in: where else it could, see ATTENTION below."""
 
@@ -298,7 +303,7 @@ def modulate(x, shift, scale):
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-class DiTBlock(nn.Module):
+class DiTBlock(Block):
     """adaLN-Zero (DiT Sec. 3.2): the condition shifts, scales and gates both halves of the block.
     The gates start at zero, so a fresh block is the identity."""
 
@@ -891,7 +896,7 @@ class Table4UNet(DiffiTUNet):
 # For Table 5: DDPM++, and TMSA in it
 
 
-class DDPMppBlock(nn.Module):
+class DDPMppBlock(Block):
     """h = Conv(Swish(GN(x))) + time;  x = (Conv(Dropout(Swish(GN(h)))) + x) / sqrt 2;  with heads
     also x = (attention(GN(x)) + x) / sqrt 2. x (B, width_in, H, W) -> (B, width, H, W), or with
     down or up at half or twice the resolution. tmsa: the attention is TMSA."""
@@ -1055,45 +1060,21 @@ class DDPMpp(Network):
 # -------------------------------------------------------------------------------------------------
 # Networks of a Config
 
-# The units that train.py compiles, or computes again in the backward pass.
-BLOCKS = (DiffiTBlock, DiTBlock, DDPMppBlock)
+# Config.model -> its class. It is called with the fields of Config's network group that apply to
+# that word (their `only`), by their names.
+NETWORKS = {
+    "diffit": DiffiT,
+    "dit": DiT,
+    "unet": Table4UNet,                             # DiffiTUNet, unless encoder or decoder differ
+    "ddpmpp": DDPMpp,
+}
 
 
 def build(cfg) -> nn.Module:
     """The network that a configs.Config describes. UserError if its sizes do not fit each other.
     Only this function and `measure` know Config: all else takes numbers and names."""
-    shared = dict(
-        input_size=cfg.input_size,
-        in_channels=cfg.in_channels,
-        num_heads=cfg.num_heads,
-        num_classes=cfg.num_classes,
-        class_dropout_prob=cfg.class_dropout_prob,
-        learn_sigma=cfg.learn_sigma,
-        time_embedding=cfg.time_embedding,
-        augment=cfg.augment > 0,
-    )
-    if cfg.model in ("diffit", "dit"):  # latent networks
-        shared.update(
-            patch_size=cfg.patch_size,
-            hidden_size=cfg.hidden_size,
-            depth=cfg.depth,
-            mlp_ratio=cfg.mlp_ratio,
-            embed_gain=cfg.embed_gain,
-        )
-        return DiT(**shared) if cfg.model == "dit" else DiffiT(**shared, time_in=cfg.time_in)
-    shared.update(  # U-Nets
-        channels=cfg.channels,
-        blocks=cfg.blocks,
-        cond_size=cfg.cond_size,
-        dropout=cfg.dropout,
-        time_in=cfg.time_in,
-    )
-    if cfg.model == "ddpmpp":
-        return DDPMpp(**shared)
-    shared.update(mlp_ratio=cfg.mlp_ratio, window=cfg.window)
-    if cfg.encoder == cfg.decoder == "diffit":
-        return DiffiTUNet(**shared)
-    return Table4UNet(**shared, encoder=cfg.encoder, decoder=cfg.decoder)
+    network = lookup("model", cfg.model, NETWORKS)
+    return network(**cfg.network_options(), augment=cfg.augment > 0)
 
 
 def measure(cfg) -> tuple[int, float, int]:

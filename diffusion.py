@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs import UserError
+from configs import UserError, has_float64
 
 Predictor = Callable[[Tensor, Tensor], Tensor]  # f(x, t)
 
@@ -390,7 +390,14 @@ def scale_at(scale, t):
 def power_cosine(scale, T=1000, power=4.0):
     """The guidance of DiffiT-256: from 1 at t = T up to `scale` at t = 0, s(t) = 1 + (scale - 1)
     (1 - cos(pi (1 - t/T)^power)) / 2, t the original timestep."""
-    return lambda t: 1 + (scale - 1) * (1 - torch.cos(math.pi * (1 - t.double() / T) ** power)) / 2
+
+    def at(t):
+        where = t.device if has_float64(t.device) else torch.device("cpu")
+        angle = math.pi * (1 - t.to(where).double() / T) ** power
+        s = 1 + (scale - 1) * (1 - torch.cos(angle)) / 2
+        return s if where == t.device else s.float().to(t.device)
+
+    return at
 
 
 def interval(scale, low, high, process):

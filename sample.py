@@ -20,7 +20,6 @@ import os
 import sys
 import time
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,7 +46,10 @@ def load_model(
     """A checkpoint of train.py, or published weights of the network of a preset (a DiffiT
     .safetensors, a DiT .pt) -> the network in eval mode, and its Config. With ema, the EMA weights
     where there are some; without, those of the optimizer. On a CPU the file itself, memory-mapped,
-    is the only copy. UserError if the file is something else."""
+    is the only copy. path may be the folder of a run, for its last.pt. The classes' names, as far
+    as the file knows them, are in model.class_names. UserError if the file is something else."""
+    if os.path.isdir(path):
+        path = os.path.join(path, "last.pt")
     content = data.read_file(path)
     weights, kind = data.weights_in(content, path, ema)
     if "post_quant_conv.weight" in weights:
@@ -56,6 +58,8 @@ def load_model(
     with torch.device("meta"):
         model = diffit.build(cfg)
     data.load_weights(model, weights, path, assign=True)
+    names = content.get("class_names", [])
+    model.class_names = names if data.is_names(names) else []
     model.provenance = f"{kind} weights of {path}"
     if rank_and_size()[0] == 0:
         configs.say(f"{model.provenance}, {preset or 'a checkpoint of train.py'}")
@@ -66,6 +70,8 @@ def config_of(content, path, preset):
     """The Config of what read_file returned: a checkpoint knows its own, other weights need a
     preset. UserError where it is the other way round."""
     if content.get("format") == data.FORMAT:
+        if not isinstance(content.get("config"), dict):
+            raise UserError(f"{path} is damaged: it lacks its configuration")
         if preset:
             raise UserError(
                 f"--preset {preset}: {path} is a checkpoint of train.py, which knows its own "
@@ -106,11 +112,18 @@ def open_vae(cfg):
 
 def labels_of(indices, cfg, classes=None, seed=0):
     """The classes of the images with these indices, (n,) int64: those named, in turn, or all of
-    them, shuffled. None for networks without classes."""
+    them. None for networks without classes."""
     if not cfg.num_classes:
         return None
-    order = np.array(classes or np.random.default_rng(seed).permutation(cfg.num_classes))
+    order = np.array(classes or class_order(cfg, seed))
     return order[np.array(indices) % len(order)]
+
+
+def class_order(cfg, seed):
+    """All classes: in their own order if a grid has a column for each, else shuffled."""
+    if cfg.num_classes <= COLUMNS:
+        return list(range(cfg.num_classes))
+    return np.random.default_rng(seed).permutation(cfg.num_classes).tolist()
 
 
 @torch.no_grad()
@@ -206,10 +219,35 @@ def provenance(cfg, weights, vae_hash="", seed=0, classes=None):
     return ", ".join(parts)
 
 
+COLUMNS = 16  # of a grid with a column for each class
+
+
 def grid_columns(cfg, classes=None):
     """A column for each class where they are few; else None, a square."""
     count = len(classes) if classes else cfg.num_classes
-    return count if 1 < count <= 16 else None
+    return count if 1 < count <= COLUMNS else None
+
+
+def captions_of(model, indices, cfg, classes=None, seed=0):
+    """What stands above images in a grid: the names of their classes, or their numbers."""
+    labels = labels_of(indices, cfg, classes, seed)
+    if labels is None:
+        return None
+    names = dict(enumerate(model.class_names))
+    return [names.get(label, str(label)) for label in labels.tolist()]
+
+
+def show_steps(before, cfg):
+    """A function to watch a sampler with: it shows each step behind this text, on rank 0."""
+    if rank_and_size()[0]:
+        return None
+    steps = itertools.count()
+
+    def watch(level, x):
+        step = next(steps) % cfg.sampling_steps + 1
+        configs.live_line(f"{before}, step {step} of {cfg.sampling_steps}")
+
+    return watch
 
 
 def save_samples(model, cfg, path, vae=None, n=None, classes=None, seed=0, batch=64):
@@ -219,11 +257,16 @@ def save_samples(model, cfg, path, vae=None, n=None, classes=None, seed=0, batch
     n = n or 4 * (columns or 9)
     rank, size = rank_and_size()
     # Every size-th image each, so that the work is even; put together again in order.
-    mine = generate(model, cfg, range(rank, n, size), classes, seed, batch)
-    mine = [to_images(x, cfg, vae) for x, _ in mine]
-    parts = configs.all_gather_object(np.concatenate(mine) if mine else None)
+    mine = []
+    for first in range(rank, n, size * batch):
+        watch = show_steps(f"{len(mine) * size} of {n} images for {Path(path).name}", cfg)
+        indices = range(first, min(n, first + size * batch), size)
+        ((x, _),) = generate(model, cfg, indices, classes, seed, batch, watch)
+        mine += [*to_images(x, cfg, vae)]
+    parts = configs.all_gather_object(mine)
     images = np.stack([parts[i % size][i // size] for i in range(n)])
-    configs.on_rank_0(lambda: data.save_grid(images, path, columns))
+    captions = captions_of(model, range(n), cfg, classes, seed)
+    configs.on_rank_0(lambda: data.save_grid(images, path, columns, captions))
 
 
 def save_gif(model, cfg, path, n, vae=None, classes=None, seed=0):
@@ -231,15 +274,18 @@ def save_gif(model, cfg, path, n, vae=None, classes=None, seed=0):
     frames."""
     process = diffusion.build(cfg)
     frames = []
+    show = show_steps(f"{n} images for {Path(path).name}", cfg)
 
     def watch(level, x):  # at the scale of a clean image
         frames.append(x / math.hypot(*process.scales(level)))
+        show(level, x)
 
     ((x, _),) = generate(model, cfg, range(n), classes, seed, batch=n, watch=watch)
     shown = diffusion.spaced(len(frames), min(30, len(frames)))
     frames = [frames[k] for k in shown] + [x]
     images = [to_images(x, cfg, vae) for x in frames]
-    data.save_gif(images, path, grid_columns(cfg, classes))
+    captions = captions_of(model, range(n), cfg, classes, seed)
+    data.save_gif(images, path, grid_columns(cfg, classes), captions)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -249,17 +295,16 @@ def save_gif(model, cfg, path, n, vae=None, classes=None, seed=0):
 SETTINGS = "settings.json"  # in the folder: what its images depend on
 
 
-def open_images_folder(folder, settings):
-    """Make the folder, or accept one that the same settings began. UserError for any other."""
+def check_images_folder(folder, settings):
+    """UserError if the folder holds anything but images of the same settings."""
     note = folder / SETTINGS
     settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
     if note.exists():
-        try:
-            theirs = json.loads(note.read_text())
-        except ValueError:
-            raise UserError(f"{note} is damaged; pass --dir with a new or empty folder") from None
+        theirs = data.parse_json(note.read_bytes())
+        if not isinstance(theirs, dict):
+            raise UserError(f"{note} is damaged; pass --dir with a new or empty folder")
         differ = "; ".join(
-            f"{name} is {theirs.get(name)} there and {value} here"
+            f"{name} is {configs.short(theirs.get(name))} there and {value} here"
             for name, value in settings.items()
             if value != theirs.get(name)
         )
@@ -268,13 +313,18 @@ def open_images_folder(folder, settings):
                 f"{folder} holds images of another run ({differ[:300]}); pass --dir with a new or "
                 f"empty folder"
             )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (
+        not folder.is_dir() or {file.name for file in folder.iterdir()} - {configs.LOCK}
+    ):
         raise UserError(
             f"{folder} exists and is not a folder of images of sample.py; pass --dir with a new or "
             f"empty folder"
         )
-    folder.mkdir(exist_ok=True)
-    with configs.atomic_write(note) as temporary:
+
+
+def write_settings(folder, settings):
+    check_images_folder(folder, settings)  # now that no other process can change it
+    with configs.atomic_write(folder / SETTINGS) as temporary:
         temporary.write_text(json.dumps(settings, indent=1))
 
 
@@ -295,19 +345,19 @@ def make_images(model, cfg, vae, folder, n, classes=None, seed=0, batch=64):
     mine = missing[rank::size]
     chunks = [mine[k : k + batch] for k in range(0, len(mine), batch)]
     done = 0
+    speed = ""
     for chunk in configs.lockstep(chunks, next(model.parameters()).device):
         if chunk is None:
             continue
-        ((x, _),) = generate(model, cfg, chunk, classes, seed, batch)
+        watch = show_steps(f"{n - len(missing) + done} of {n} images{speed}", cfg)
+        ((x, _),) = generate(model, cfg, chunk, classes, seed, batch, watch)
         for i, image in zip(chunk, to_images(x, cfg, vae)):
             # Level 1 takes a third of the time of Pillow's default, for slightly larger files.
             data.save_image(Image.fromarray(image), folder / f"{i:08}.png", compress_level=1)
-        done += len(chunk) * size  # as if the others were as far
-        if rank == 0:
-            left = max(0, len(missing) - done)
-            rate = done / (time.time() - start)
-            configs.live_line(f"{n - left} of {n} images, {rate:.2f} images/s")
+        done = min(done + len(chunk) * size, len(missing))  # as if the others were as far
+        speed = f", {done / (time.time() - start):.2f} images/s"
     if rank == 0:
+        configs.live_line(f"{n} of {n} images{speed}")
         configs.end_live_line()
 
 
@@ -529,16 +579,16 @@ class Inception(nn.Module):
     def forward(
         self, x: torch.Tensor, resize: str = "pytorch"
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x = resize_for_inception(x.float(), resize)                        # (B, 3, 299, 299)
+        x = resize_for_inception(x.float(), resize)  # (B, 3, 299, 299)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B, 64, 147, 147)
-        x = F.max_pool2d(x, 3, stride=2)                                   # (B, 64, 73, 73)
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))                      # (B, 192, 71, 71)
-        x = F.max_pool2d(x, 3, stride=2)                                   # (B, 192, 35, 35)
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))                 # (B, 288, 35, 35)
-        x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))                 # (B, 768, 17, 17)
-        spatial = self.Mixed_6d.branch1x1(x)[:, :7]                        # (B, 7, 17, 17)
-        x = self.Mixed_6e(self.Mixed_6d(x))                                # (B, 768, 17, 17)
-        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))                 # (B, 2048, 8, 8)
+        x = F.max_pool2d(x, 3, stride=2)  # (B, 64, 73, 73)
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))  # (B, 192, 71, 71)
+        x = F.max_pool2d(x, 3, stride=2)  # (B, 192, 35, 35)
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))  # (B, 288, 35, 35)
+        x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))  # (B, 768, 17, 17)
+        spatial = self.Mixed_6d.branch1x1(x)[:, :7]  # (B, 7, 17, 17)
+        x = self.Mixed_6e(self.Mixed_6d(x))  # (B, 768, 17, 17)
+        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))  # (B, 2048, 8, 8)
         return x.float().mean((2, 3)), spatial.permute(0, 2, 3, 1).flatten(1).float()
 
     def logits(self, features):
@@ -653,20 +703,22 @@ def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -> tupl
     for radii, d in zip(real_radii.split(ROWS), squared_distances(real, fake)):
         precise |= (d <= radii[:, None]).any(0)
         recalled.append((d <= fake_radii).any(1))
-    return precise.double().mean().item(), torch.cat(recalled).double().mean().item()
+    recalled = torch.cat(recalled)
+    return precise.sum().item() / len(precise), recalled.sum().item() / len(recalled)
 
 
 class Moments:
     """Mean and covariance of vectors (b, d) that come a batch at a time, from their number, sum and
-    sum of products, in float64."""
+    sum of products, in float64 (on a device without it: on the CPU)."""
 
     def __init__(self, d, device):
+        device = device if configs.has_float64(torch.device(device)) else "cpu"
         self.n = torch.zeros((), dtype=torch.float64, device=device)
         self.sum = torch.zeros(d, dtype=torch.float64, device=device)
         self.products = torch.zeros(d, d, dtype=torch.float64, device=device)
 
     def add(self, x):
-        x = x.double()
+        x = x.to(self.sum.device).double()
         self.n += len(x)
         self.sum += x.sum(0)
         self.products.addmm_(x.T, x)
@@ -767,16 +819,9 @@ def read_reference(path):
             f"there is no file {path}; make a reference: "
             f"python sample.py --reference DATA --out REF.npz"
         )
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is not a reference for --score: it is not an .npz file")
-    # What numpy and zipfile raise for damaged arrays; ours below are UserErrors already.
-    damage = (ValueError, TypeError, OSError, EOFError, zlib.error, zipfile.BadZipFile)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files if name != "arr_0"}
-            has_images = "arr_0" in file.files
-    except damage as error:
-        raise UserError(f"{path} is damaged ({configs.first_line(error)})") from None
+    names = data.array_names(path)
+    has_images = "arr_0" in names
+    arrays = {name: data.read_array(path, name) for name in names if name != "arr_0"}
     if not {"mu", "sigma"} <= arrays.keys():
         advice = f"; make one of its images with --reference {path}" if has_images else ""
         raise UserError(
@@ -811,10 +856,7 @@ def reference_header(path, arrays):
     another format."""
     if "header" not in arrays:
         return {}
-    try:
-        header = json.loads(str(arrays["header"]))
-    except json.JSONDecodeError:
-        header = None
+    header = data.parse_json(str(arrays["header"]))
     known = (
         isinstance(header, dict)
         and header.get("format") == REFERENCE
@@ -927,11 +969,17 @@ class Scorer:
         """On rank 0: the result of `measure` -> {"fid", "is", and as far as the reference has them
         "sfid", "precision", "recall"}."""
         real = self.real
-        device = configs.default_device()
-        scores = {"fid": frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])}
-        if "mu_s" in real:
-            gaussians = real["mu_s"], real["sigma_s"], fake["mu_s"], fake["sigma_s"]
-            scores["sfid"] = frechet_distance(*gaussians)
+        device = self.inception.fc.weight.device
+        try:
+            scores = {"fid": frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])}
+            if "mu_s" in real:
+                gaussians = real["mu_s"], real["sigma_s"], fake["mu_s"], fake["sigma_s"]
+                scores["sfid"] = frechet_distance(*gaussians)
+        except torch.linalg.LinAlgError as error:
+            raise UserError(
+                f"the covariances of {self.path} or of the images have no square root "
+                f"({configs.first_line(error)}); if the file is damaged, make it again"
+            ) from None
         with autocast("fp32", device):  # without tf32: distances need all digits
             features = fake["features"].to(device)
             scores["is"] = inception_score(self.inception.logits(features).cpu())
@@ -1024,27 +1072,26 @@ GRID = 400  # images of a grid at the most
 GIF = 20  # and of a gif
 
 
-def parse_classes(text, cfg):
-    """'207,360' or 'all' -> list of class indices. UserError if the network has no such class."""
+def parse_classes(text, cfg, names=()):
+    """'207,360', 'china,flower' (names: of the classes, as far as they are known) or 'all' -> list
+    of class indices. UserError if the network has no such class."""
     if not cfg.num_classes:
         raise UserError(
             f"--classes {text}: this network was trained without classes; leave the flag out"
         )
     if text == "all":
         return list(range(cfg.num_classes))
-    try:
-        classes = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(
-            f"--classes {text}: give numbers separated by commas, as 207,360, or all"
-        ) from None
-    for c in classes:
-        if not 0 <= c < cfg.num_classes:
+    number = {str(k): k for k in range(cfg.num_classes)}
+    number |= {name: k for k, name in enumerate(names[: cfg.num_classes])}
+    classes = [part.strip() for part in text.split(",")]
+    for name in classes:
+        if name not in number:
+            known = f" or {', '.join(map(configs.short, names[:10]))}" if names else ""
             raise UserError(
-                f"--classes {text}: there is no class {c}; this network has 0 to "
-                f"{cfg.num_classes - 1}"
+                f"--classes {text}: there is no class {name}; give all, or some of 0 to "
+                f"{cfg.num_classes - 1}{known}, separated by commas"
             )
-    return classes
+    return [number[name] for name in classes]
 
 
 def check_output(flag, path, *endings):
@@ -1112,7 +1159,7 @@ def generate_command(args):
     model, cfg = load_model(args.ckpt, args.preset, not args.no_ema)
     cfg = with_flags(cfg, args)
     vae = open_vae(cfg)
-    classes = parse_classes(args.classes, cfg) if args.classes else None
+    classes = parse_classes(args.classes, cfg, model.class_names) if args.classes else None
     if args.score == "shapes" and cfg.num_classes != 10:
         raise UserError(
             f"--score shapes needs a network with the ten classes of shapes; {args.ckpt} has "
@@ -1151,11 +1198,12 @@ def many_images(args, model, cfg, vae, classes):
     weights_hash, vae_hash = hashes
     settings = {name: getattr(cfg, name) for name in SAMPLING if name != "vae"}
     settings |= {"weights": weights_hash, "ema": not args.no_ema, "vae_weights": vae_hash}
-    settings |= {"seed": args.seed, "classes": classes}
+    settings |= {"seed": args.seed, "classes": classes or class_order(cfg, args.seed)}
     settings["precision"] = configs.arithmetic(cfg.precision, configs.default_device())
-    # Nothing is written before this line.
-    configs.on_rank_0(lambda: open_images_folder(folder, settings))
-    make_images(model, cfg, vae, folder, n, classes, args.seed, args.batch)
+    configs.on_rank_0(lambda: check_images_folder(folder, settings))
+    with configs.exclusive(folder):  # nothing is written before this line
+        configs.on_rank_0(lambda: write_settings(folder, settings))
+        make_images(model, cfg, vae, folder, n, classes, args.seed, args.batch)
     images = data.ImageFiles(folder, image_size(cfg, vae))
     images.names = [f"{i:08}.png" for i in range(n)]  # whatever else may lie there
     stats = None
@@ -1176,7 +1224,8 @@ def many_images(args, model, cfg, vae, classes):
         print(f"{100 * share:.1f} % named right\n  {n} images by the {maker}; by {judge}")
     if args.out:
         grid = np.stack([*read_images(images, min(n, GRID))])
-        data.save_grid(grid, args.out, grid_columns(cfg, classes))
+        captions = captions_of(model, range(len(grid)), cfg, classes, args.seed)
+        data.save_grid(grid, args.out, grid_columns(cfg, classes), captions)
     if args.npz:
         save_npz(images, n, labels, args.npz)
 
@@ -1190,6 +1239,8 @@ def reference_command(args):
     check_output("--out", args.out, ".npz")
     inception, inception_hash = load_inception(args.inception, configs.default_device())
     images = data.open_images(args.reference, args.size)
+    if rank_and_size()[0] == 0:
+        configs.say(images.summary())
     start = time.time()
     batches = read_share(images, len(images), args.batch, args.workers)
     stats = statistics(inception, batches, len(images), args.resize)
@@ -1221,6 +1272,8 @@ def score_command(args):
     """Print the scores of existing images. UserError if PATH does not hold images, or of another
     size than the reference's."""
     images = data.open_images(args.images, args.size)
+    if rank_and_size()[0] == 0:
+        configs.say(images.summary())
     n = len(images)
     check_number(n, args.force)
     scorer = open_scorer(args)
@@ -1283,9 +1336,10 @@ def main():
 
 def run(parser, command, if_process_lost="start the command again"):
     """Parse the flags and run the command, in all processes."""
+    configs.add_device(parser)
     args = parser.parse_args()
     advice = f"pass a --batch below {args.batch}", if_process_lost
-    configs.run_command(parser, lambda: command(args), *advice)
+    configs.run_command(parser, lambda: command(args), *advice, args.device)
 
 
 def generate_main():
@@ -1299,17 +1353,25 @@ def generate_main():
     )
     group = parser.add_argument_group("images")
     group.add_argument(
-        "--ckpt", metavar="FILE", required=True, help="checkpoint of train.py, or published weights"
+        "--ckpt",
+        metavar="FILE",
+        required=True,
+        help="checkpoint of train.py, the folder of a run, or published weights",
     )
     network_flags(group)
     group.add_argument(
         "--num-images", type=at_least(1), default=64, metavar="N", help="how many images"
     )
     group.add_argument(
-        "--classes", metavar="207,360|all", help="classes, in turn (default: all of them, shuffled)"
+        "--classes",
+        metavar="207,360|NAMES|all",
+        help="classes by number or name, in turn (default: all, shuffled if they are many)",
     )
     group.add_argument(
-        "--seed", type=at_least(0), default=0, help="image i depends on the seed and i alone"
+        "--seed",
+        type=at_least(0, 2**63 - 1),
+        default=0,
+        help="image i depends on the seed and i alone",
     )
     group.add_argument("--batch", type=at_least(1), default=64, help="images at a time")
     group = parser.add_argument_group(
@@ -1342,7 +1404,7 @@ def generate_main():
 
 def score_main():
     parser = Parser(prog="sample.py", description="Score images that exist against a reference.")
-    parser.add_argument("--images", metavar="PATH", required=True, help=data.KINDS)
+    parser.add_argument("--images", metavar="PATH", required=True, help=data.IMAGE_KINDS)
     parser.add_argument(
         "--score", metavar="REF", required=True, help="file of --reference, or ADM's"
     )
@@ -1355,7 +1417,7 @@ def score_main():
 
 def reference_main():
     parser = Parser(prog="sample.py", description="Make a reference for --score of real images.")
-    parser.add_argument("--reference", metavar="DATA", required=True, help=data.KINDS)
+    parser.add_argument("--reference", metavar="DATA", required=True, help=data.IMAGE_KINDS)
     parser.add_argument("--out", metavar="REF.npz", required=True, help="the file to write")
     parser.add_argument("--batch", type=at_least(1), default=64, help="images at a time")
     size_flag(parser)
@@ -1390,7 +1452,7 @@ def network_flags(group):
 def size_flag(parser):
     parser.add_argument(
         "--size",
-        type=at_least(1),
+        type=at_least(1, 2**14),
         help="crop and resize as training does (default: the images have one size)",
     )
 

@@ -285,6 +285,11 @@ def folder():
         yield Path(name)
 
 
+def files_of(path):
+    """The names of what lies in a folder, without the lock."""
+    return {file.name for file in path.iterdir()} - {configs.LOCK}
+
+
 # -------------------------------------------------------------------------------------------------
 # Runs of train.py, and processes
 
@@ -1595,6 +1600,17 @@ def test_center_crop_of_a_line_stays_small():
         assert math.prod(call.args[1]) < 1e6, call
 
 
+def unreadable(content, *words):
+    """These bytes are not an image, for a reason in one line that holds the words."""
+    try:
+        data.decode(io.BytesIO(content))
+    except data.UnreadableImage as error:
+        assert "\n" not in str(error)
+        holds(str(error), words)
+        return
+    raise AssertionError(f"decoded, but should have been unreadable for {words}")
+
+
 def test_decode_modes():
     def through(image, kind="png"):
         return np.asarray(data.decode(io.BytesIO(encoded(image, kind))))
@@ -1607,13 +1623,9 @@ def test_decode_modes():
     deep = Image.fromarray(np.full((2, 2), 257 * 99, np.uint16))
     assert (through(deep) == 99).all(), "16 bits"
     assert (through(Image.new("1", (2, 2), 1)) == 255).all()
-    deep = encoded(Image.fromarray(np.zeros((2, 2), np.float32)), "tiff")
-    try:
-        data.decode(io.BytesIO(deep))
-    except data.UnreadableImage as error:
-        holds(str(error), ["floating-point", "16 bits"])
-    else:
-        raise AssertionError("decoded pixels of an unknown range")
+    for kind in (np.float32, np.int32):  # pixels of an unknown range
+        deep = encoded(Image.fromarray(np.full((2, 2), 200, kind)), "tiff")
+        unreadable(deep, "32-bit", "16 bits")
     exif = Image.Exif()
     exif[0x0112] = 6  # a camera held upright
     file = io.BytesIO(encoded(Image.new("RGB", (4, 2)), "jpeg", exif=exif))
@@ -1814,7 +1826,7 @@ def test_data_that_cannot_be_used_is_refused():
         Image.new("RGB", (8, 8)).save(root / "mixed/loose.png")
         for name, words in [
             ("nowhere", ["nowhere", "'shapes'"]),
-            ("empty", ["no images", "'shapes'"]),
+            ("empty", ["no images", ".png", ".jfif", ".avif"]),
             ("text.csv", ["cannot tell", "text.csv", "'shapes'"]),
             ("bad.zip", ["bad.zip", "damaged"]),
             ("bad.npz", ["bad.npz"]),
@@ -2144,6 +2156,9 @@ def test_augmentation_labels_say_what_was_done():
         close(torch.minimum(*off), torch.zeros(2), 1e-6, f"seed {seed}")
 
 
+CAPTION = 13  # pixels above the rows of a grid
+
+
 def test_save_grid():
     images = np.arange(5, dtype=np.uint8)[:, None, None, None] * 50
     images = images * np.ones((1, 80, 80, 3), np.uint8)
@@ -2332,7 +2347,6 @@ def test_safetensors_that_lie_are_refused():
             path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
             refused(lambda: data.read_file(path), "x.safetensors")
         for raw in (
-            b"",
             b"123",
             (2**60).to_bytes(8, "little") + b"{}",
             bytes(8),
@@ -2342,6 +2356,8 @@ def test_safetensors_that_lie_are_refused():
         ):
             path.write_bytes(raw)
             refused(lambda: data.read_file(path), "x.safetensors is not a safetensors file")
+        path.write_bytes(b"")
+        refused(lambda: data.read_file(path), "x.safetensors is empty")
 
 
 class PickledCall:
@@ -2522,7 +2538,7 @@ def check_latents(path, whole):
     """The folder must hold the same files as another one: moments within one rounding of fp16 (how
     many images are encoded at a time decides over the last digit), the others bit for bit."""
     names = {"latents.json", "moments.npy", "labels.npy", "state.npy"}
-    assert {file.name for file in path.iterdir()} == names
+    assert files_of(path) == names
     for name in names - {"moments.npy"}:
         assert (path / name).read_bytes() == (whole / name).read_bytes(), name
     expected = np.load(whole / "moments.npy").astype(float)
@@ -2653,16 +2669,16 @@ def test_training_on_latents():
         trained("parts", "--kimg", 0.024, "--workers", 2)
         assert same(whole, trained("parts")), "the resumed run differs"
         grid = root / "whole/samples-000000.png"
-        assert Image.open(grid).size == (10 * 66 + 2, 4 * 66 + 2)
+        assert Image.open(grid).size == (10 * 66 + 2, 4 * 66 + 2 + CAPTION)
         assert not (root / "parts/samples-000000.png").exists(), "no VAE, no grids"
         made = ("--num-images", 2, "--out", root / "x.png")  # the checkpoint names its VAE
         succeeds(sample, "--ckpt", root / "whole/last.pt", *made)
-        assert Image.open(root / "x.png").size == (134, 68)
+        assert Image.open(root / "x.png").size == (134, 68 + CAPTION)
         np.savez(root / "b.npz", images)
         cache(root / "b.npz", root / "unlabelled", "--vae", vae, "--size", 16)
-        flags_without = ("--data", root / "unlabelled", "--num-classes", 0, "--cfg-scale", 1)
-        flags_without += ("--kimg", 0.004, "--out", root / "without")
-        assert "classes by" not in succeeds(train, "--preset", "tiny", *flags_without)
+        without = ("--data", root / "unlabelled", "--kimg", 0.004, "--out", root / "without")
+        said = succeeds(train, "--preset", "tiny", *without)
+        holds(said, ["40 images\n", "unconditional, as the data have no classes"])
         other = vae_file(root / "w.safetensors", gain=1.1)
         for args, words in [
             ((*flags, "--vae", other), ["w.safetensors", "is not the one that made", f"{root}/z"]),
@@ -2777,6 +2793,7 @@ def test_flags_change_presets():
     given = {"model": "unet", "channels": (8, 8), "blocks": (1, 1)}
     unet = configs.config_from_preset("shapes", given)
     assert (unet.hidden_size, unet.patch_size, unet.data) == (0, 0, "shapes")
+    assert configs.config_from_preset("shapes", {"num_classes": 0}).cfg_scale == 1
     assert configs.numbers("4,4,0.5") == (4, 4, 0.5)
     assert isinstance(configs.numbers("4")[0], int)
     for given, words in [
@@ -2785,7 +2802,7 @@ def test_flags_change_presets():
         ({"lr": -1.0}, ["--lr -1.0"]),
         ({"sampler": "dpmp"}, ["dpmp", "did you mean dpmpp"]),
         ({"batch_size": 64, "micro_batch": 7}, ["7", "64"]),
-        ({"num_classes": 0}, ["--cfg-scale 4", "classes"]),
+        ({"num_classes": 0, "cfg_scale": 4.0}, ["--cfg-scale 4", "classes"]),
         ({"learn_sigma": True}, ["--learn-sigma", "ddpm"]),
         ({"kimg": 0.0}, ["--kimg"]),
         ({"dropout": 0.5}, ["--dropout"]),
@@ -3026,11 +3043,11 @@ def test_training_on_a_terminal():
                 train.train(cfg, images, root / "run", device=torch.device("cpu"))
                 configs.end_live_line()
             rows = "\n".join(screen.rows())
-            live = [row for row in screen.rows() if row.startswith("kimg")]
+            live = [row for row in screen.rows() if "of 0.04 kimg" in row]
             assert len(live) == 1 and rows.count("kimg") == 1, rows
             assert rows.startswith("skipped dogs/broken.png"), rows
             updates = screen.getvalue().replace("\n", "\r").split("\r")
-            updates = [update for update in updates if update.startswith("kimg")]
+            updates = [update for update in updates if "of 0.04 kimg" in update]
             assert len(updates) >= 6, f"one in the first tick, and one a tick: {updates}"
             assert max(map(len, updates)) < columns, updates
 
@@ -3222,10 +3239,10 @@ def test_training_lowers_the_loss_and_writes_its_files():
         names = "kimg lr grad_norm mse images_per_s data_wait skipped unreadable memory_gb"
         assert set(names.split()) <= log[0].keys()
         names = "config.json log.jsonl loss.png last.pt previous.pt 000001.pt samples-000001.png"
-        assert {p.name for p in (root / "run").iterdir()} == set(names.split())
+        assert files_of(root / "run") == set(names.split())
         assert Image.open(root / "run/loss.png").size == (1200, 800)
         state = torch.load(root / "run/last.pt", weights_only=True)
-        names = "format config dataset step progress model ema optimizer scaler"
+        names = "format config dataset class_names step progress model ema optimizer scaler"
         assert set(state) == set(names.split()), state.keys()
         assert state["dataset"] == data.Shapes(32).fingerprint()
         assert "log" not in state["progress"], "a long log would make each checkpoint slow"
@@ -3390,45 +3407,52 @@ def test_the_same_data_by_another_path_resume():
         assert state["step"] == 5 and state["dataset"] == note["dataset"] == fingerprint
 
 
-def test_classes_and_where_they_come_from_are_said():
+def test_classes_are_said_and_taken_from_the_data():
+    """Where the user gives no number; an unconditional preset takes those that have names."""
+    unet = ("--preset", "cifar10", "--channels", "8,8,8", "--blocks", "1,1,1", "--num-heads", 2)
+    unet += ("--cond-size", 16, "--batch-size", 4, "--sampling-steps", 1, "--workers", 0)
+    shapes = (*TINY, "--sampling-steps", 1)
     with folder() as root:
         class_folders(root / "pics", ["red", "blue"])
-        np.savez(root / "a.npz", np.zeros((8, 32, 32, 3), np.uint8), arr_1=np.arange(8) % 3)
-        few = (*TINY, "--sampling-steps", 1, "--kimg", 0.008)
-        unconditional = ("--num-classes", 0, "--cfg-scale", 1)
-        for k, (flags, words, silent) in enumerate(
+        class_folders(root / "numbered", ["0", "2", "10"])
+        class_folders(root / "one", ["red"])
+        plain = np.zeros((8, 32, 32, 3), np.uint8)
+        np.savez(root / "a.npz", plain, arr_1=np.arange(8) % 3)
+        np.savez(root / "plain.npz", plain)
+        cifar(root / "cifar.tar.gz", 10, 20)
+        for k, (flags, classes, words) in enumerate(
             [
+                ((*shapes, "--data", root / "pics"), 2, ["images of 2 classes: 0 blue, 1 red"]),
+                ((*shapes, "--data", root / "pics"), 2, ["these 2 classes", "preset has 10"]),
                 (
-                    ("--data", root / "pics"),
-                    [
-                        "2 classes by sub-folders: 0 blue, 1 red",
-                        "this network has 10 classes",
-                        "from 2 on",
-                        "--num-classes 2",
-                    ],
-                    [],
+                    (*shapes, "--data", root / "pics", "--num-classes", 10),
+                    10,
+                    ["has 10 classes", "from 2 on", "--num-classes 2"],
                 ),
+                ((*shapes, "--data", root / "pics", "--num-classes", 2), 2, []),
                 (
-                    ("--data", root / "pics", "--num-classes", 2),
-                    ["2 classes by sub-folders"],
-                    ["this network has"],
+                    (*shapes, "--data", root / "pics", "--num-classes", 0),
+                    0,
+                    ["unconditional and ignores them", "--num-classes 2"],
                 ),
+                ((*shapes, "--data", root / "numbered"), 3, ["0 0, 1 2, 2 10"]),
+                ((*shapes, "--data", root / "one"), 0, ["unconditional", "0 red"]),
+                ((*shapes, "--data", root / "a.npz"), 3, ["8 images of 3 classes (by arr_1)"]),
+                ((*shapes, "--data", root / "plain.npz"), 0, ["the data have no classes"]),
+                (shapes, 10, ["50000 images of 10 classes: 0 circle, 1 square"]),
+                ((*unet, "--data", root / "pics"), 2, ["these 2 classes", "preset has none"]),
                 (
-                    ("--data", root / "pics", *unconditional),
-                    ["2 classes by sub-folders", "unconditional and ignores them"],
-                    [],
+                    (*unet, "--data", root / "numbered"),
+                    0,
+                    ["unconditional and ignores them", "--num-classes 3"],
                 ),
-                (
-                    ("--data", root / "a.npz", "--num-classes", 3),
-                    ["3 classes by arr_1"],
-                    ["this network has"],
-                ),
-                (("--data", "shapes"), ["50000 images from shapes"], ["this network has"]),
+                ((*unet, "--data", root / "cifar.tar.gz"), 0, ["(by the archive)"]),
             ]
         ):
-            said = succeeds(train, *few, "--out", root / str(k), *flags)
+            said = succeeds(train, *flags, "--kimg", 0.008, "--out", root / str(k))
             holds(said, words)
-            assert not any(word in said for word in silent), said
+            cfg = data.read_checkpoint(root / f"{k}/last.pt")["config"]
+            assert cfg["num_classes"] == classes, (flags, cfg["num_classes"])
 
 
 def test_real_images_train_resume_and_sample():
@@ -3449,8 +3473,9 @@ def test_real_images_train_resume_and_sample():
             assert ("skipped dogs/broken.png" in said) == (name != "pics.npz"), said
             holds(succeeds(train, *run, "--kimg", 0.016), ["resumed"])
             made = ("--num-images", 2, "--out", root / f"{name}.png")
-            succeeds(sample, "--ckpt", root / f"run-{name}/last.pt", *made)
-            assert Image.open(root / f"{name}.png").size == (134, 68)
+            succeeds(sample, "--ckpt", root / f"run-{name}", *made)
+            captions = 0 if name == "pics.npz" else CAPTION  # it has no labels
+            assert Image.open(root / f"{name}.png").size == (134, 68 + captions)
 
 
 def test_training_refuses_what_it_cannot_do():
@@ -3466,16 +3491,18 @@ def test_training_refuses_what_it_cannot_do():
             (("--preset", "cifar10", "--data", root / "nothing"), ["nothing"]),
             (
                 ("--preset", "imagenet256", "--data", root / "pics"),
-                ["holds images", "takes latents", "--size 256"],
+                ["holds images", "network takes 4", "--size 256"],
             ),
             (("--input-size", 30), ["30 x 30", "multiple"]),
-            (("--num-classes", 5), ["label 9", "0 to 4", "--num-classes 10"]),
-            (("--data", root / "plain.npz"), ["no labels", "--num-classes 0"]),
+            (("--num-classes", 5), ["10 classes", "--num-classes 10"]),
+            (("--data", root / "plain.npz", "--num-classes", 2), ["no labels", "--num-classes 0"]),
+            (("--data", root / "plain.npz", "--cfg-scale", 3), ["--cfg-scale 3", "leave it out"]),
+            (("--in-channels", 1), ["images have 3", "grey"]),
             (("--sampling-steps", 0), ["--sampling-steps"]),
             (("--init-from", root / "no.pt"), ["no.pt"]),
             (("--precision", "tf32"), ["tf32", "GPUs", "fp32"]),
             (("--force",), ["--force", "--score-every"]),
-            (("--seed", 2**63), ["--seed", "below 2^63"]),
+            (("--seed", 2**63), ["--seed", "must be from"]),
         ]:
             complains(train, *args, "--out", root / "new", words=words)
         inside = ("--data", root / "pics", "--num-classes", 2, "--out", root / "pics/run")
@@ -3509,7 +3536,7 @@ def test_a_folder_with_another_run_is_kept():
         assert after["config"]["lr"] == 0.5 and not same(before["model"], after["model"])
         assert len(log_of(root / "run")) == 5, "the log begins again, too"
         (root / "run/last.pt").write_bytes((root / "run/last.pt").read_bytes()[:5000])
-        words = ["last.pt", "truncated"]
+        words = ["last.pt", "damaged"]
         complains(train, *TINY, *out, "--lr", 0.5, "--kimg", 5, words=words)
         for note, words in [
             (b"{", ["config.json", "damaged"]),
@@ -3577,7 +3604,7 @@ def test_the_log_adds_up():
         assert set(entry["grad_norm_parts"]) == set(names.split())
         assert 0 < entry["condition_norm"]["mean"] <= entry["condition_norm"]["max"]
         cfg = configs.PRESETS["shapes"]
-        progress = train.Progress(cfg, root, torch.device("cpu"), data.Shapes(32))
+        progress = train.Progress(cfg, root, torch.device("cpu"), data.Shapes(32), "")
         progress.start(0)
     t = torch.randperm(16).float()  # two steps of eight images, in any order
     columns = {"t": t, "loss": t**2, "weight": 1 + t % 2}
@@ -3793,7 +3820,7 @@ def test_a_failed_write_leaves_the_checkpoint_before_whole():
             words = ["last.pt could not be written", why]
             with fault:
                 complains(train, *TINY, "--out", root / "run", "--kimg", 0.08, words=words)
-            assert last.read_bytes() == before and not list((root / "run").glob(".*"))
+            assert last.read_bytes() == before and not list((root / "run").glob("*.tmp"))
         assert same_training(tiny_run(root / "run"), tiny_run(root / "whole"))
 
 
@@ -3806,14 +3833,14 @@ def test_a_truncated_checkpoint_gives_way_to_the_one_before():
         last = root / "run/last.pt"
         last.write_bytes(last.read_bytes()[:3000])
         said = succeeds(train, *run)
-        holds(said, ["last.pt is truncated", "resuming from", "previous.pt", "at 0.04 kimg"])
+        holds(said, ["last.pt is damaged", "resuming from", "previous.pt", "at 0.04 kimg"])
         assert (root / "run/last.damaged.pt").stat().st_size == 3000, "the damaged file stays"
         resumed = torch.load(last, weights_only=True)
         assert same_training(resumed, tiny_run(root / "whole"))
         assert [entry["step"] for entry in log_of(root / "run")] == [2, 4, 5, 6, 8, 10]
         for file in (root / "run").glob("*.pt"):
             file.write_bytes(b"")
-        complains(train, *run, words=["truncated", "--overwrite"])
+        complains(train, *run, words=["last.pt is empty", "--overwrite"])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -3879,11 +3906,15 @@ def test_image_i_follows_from_seed_and_i():
 def test_classes():
     cfg = configs.PRESETS["shapes"]
     assert sample.labels_of(range(5), cfg, [2, 7]).tolist() == [2, 7, 2, 7, 2]
-    shuffled = sample.labels_of(range(10), cfg).tolist()
-    assert sorted(shuffled) == list(range(10)) == sample.parse_classes("all", cfg) != shuffled
-    assert sample.labels_of([13, 3], cfg).tolist() == 2 * [shuffled[3]]
+    assert sample.labels_of([13, 3], cfg).tolist() == [3, 3], "few classes: in their order"
+    assert sample.parse_classes("all", cfg) == list(range(10))
     imagenet = configs.PRESETS["imagenet256"]
+    shuffled = sample.labels_of(range(1000), imagenet).tolist()
+    assert sorted(shuffled) == list(range(1000)) != shuffled
     assert sample.parse_classes("207,360", imagenet) == [207, 360]
+    two = configs.config_from_preset("shapes", {"num_classes": 2})
+    assert sample.parse_classes("flower, china,0", two, ["china", "flower"]) == [1, 0, 0]
+    refused(lambda: sample.parse_classes("cat", two, ["china", "flower"]), "cat", "china, flower")
 
 
 def test_sampling_writes_grid_folder_and_npz():
@@ -3901,7 +3932,7 @@ def test_sampling_writes_grid_folder_and_npz():
         for file, image in zip(each, images, strict=True):
             assert np.array_equal(np.asarray(Image.open(file)), image)
         grid = Image.open(root / "g.png")
-        assert grid.size == (2 * 66 + 2, 3 * 66 + 2), "a column for each class"
+        assert grid.size == (2 * 66 + 2, 3 * 66 + 2 + CAPTION), "a column for each class"
         state = torch.load(path, weights_only=True)
         name = "final_layer.linear.weight"
         raw = load_model(path, ema=False)[0].get_parameter(name)
@@ -4049,7 +4080,7 @@ def test_a_gif_goes_from_noise_to_the_image():
             image = np.asarray(Image.open(where[3]).convert("RGB")).astype(int)
             assert gif.n_frames == 13 and gif.size == image.shape[1::-1]
             assert np.abs(frame(12) - image).mean() < 12, "the end: the image, in 256 colours"
-            assert np.abs(frame(0) - image).mean() > 30, "the beginning: noise"
+            assert np.abs(frame(0) - image).mean() > 25, "the beginning: noise"
             names = {p.name for p in root.iterdir()}
             assert names == {"last.pt", "heun.gif", "heun.png"} | {p.name for p in where[1::2]}
 
@@ -4070,7 +4101,7 @@ def test_sampling_refuses_what_it_cannot_do():
         before = {p.name for p in root.iterdir()}
         for name, words in [
             ("none.pt", ["none.pt"]),
-            ("cut.pt", ["cut.pt", "truncated"]),
+            ("cut.pt", ["cut.pt", "damaged"]),
             ("text.pt", ["text.pt"]),
             ("empty.pt", ["empty.pt"]),
             ("foreign.pt", ["foreign.pt", "does not say which network", "--preset"]),
@@ -4082,7 +4113,7 @@ def test_sampling_refuses_what_it_cannot_do():
         for args, words in [
             ((*x, "--classes", "3,10"), ["10", "0 to 9"]),
             ((*x, "--classes", "-1"), ["-1"]),
-            ((*x, "--classes", "cat"), ["cat"]),
+            ((*x, "--classes", "cat"), ["cat", "0 to 9", "circle, square"]),
             ((*x, "--sampling-steps", 0), ["--sampling-steps"]),
             ((*x, "--num-images", 0), ["--num-images", "0 must be 1 or more"]),
             ((*x, "--sampler", "dpmpq"), ["did you mean dpmpp"]),
@@ -4111,7 +4142,7 @@ def test_sampling_refuses_what_it_cannot_do():
             complains(sample, "--ckpt", path, *args, words=words)
         assert (root / "taken.png").read_bytes() == b"precious"
         assert {p.name for p in root.iterdir()} == before, "a refused command leaves nothing"
-    unconditional = ("--process", "ddpm", "--sampler", "ddpm", "--num-classes", 0, "--cfg-scale", 1)
+    unconditional = ("--process", "ddpm", "--sampler", "ddpm", "--num-classes", 0)
     with checkpoint(*unconditional) as (root, path):
         for args, words in [
             (("--sampling-steps", 1001), ["1001", "1 to 1000"]),
@@ -4443,7 +4474,7 @@ def test_references_of_all_kinds():
         for name, words in [
             ("none.npz", ["no file", "none.npz", "--reference"]),
             ("a.npz", ["a.npz", "no mu and sigma", "--reference"]),
-            ("cut.npz", ["cut.npz", "is not a reference"]),
+            ("cut.npz", ["cut.npz", "damaged"]),
             ("shape.npz", ["shape.npz", "is not a reference"]),
             ("foreign.npz", ["foreign.npz", "other Inception weights", "0" * 16]),
             ("nan.npz", ["nan.npz", "mu_s is not finite"]),
@@ -4501,10 +4532,10 @@ def test_reading_images_to_score_them():
             return "--reference", root / name, "--out", root / "out.npz", *weights, *more
 
         for name, words in [
-            ("short.npz", ["short.npz", "cannot be read"]),
+            ("short.npz", ["short.npz", "damaged"]),
             ("text.npz", ["text.npz"]),
             ("wide.npz", ["40 x 32", "--size"]),
-            ("two", ["cannot be read, more than 1 %", "3.png", "4.png"]),
+            ("two", ["more than 1 %: 3.png, 4.png: not of 32 x 32 pixels", "pass --size"]),
             ("first", ["0.png", "32 x 40", "--size"]),
             ("broken", ["cannot be read, more than 1 %", "0.png", "4.png"]),
             ("all", ["all", "0.png"]),

@@ -185,14 +185,14 @@ class Trainer:
         self.prepare_blocks()
 
     def prepare_blocks(self):
-        for block in self.model.modules():
-            if isinstance(block, diffit.BLOCKS):
-                if self.cfg.grad_checkpointing:
-                    block.forward = functools.partial(
-                        checkpoint, block.forward, use_reentrant=False
-                    )
-                if self.cfg.compile:
-                    block.compile()  # equal blocks compile once
+        blocks = [part for part in self.model.modules() if isinstance(part, diffit.Block)]
+        if not blocks:
+            raise RuntimeError("this network has no diffit.Block to compile or to recompute")
+        for block in blocks:
+            if self.cfg.grad_checkpointing:
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            if self.cfg.compile:
+                block.compile()  # equal blocks compile once
 
     def state(self):
         """The parts that a checkpoint holds, by name."""
@@ -334,7 +334,7 @@ def save_checkpoint(
     state = {
         "format": data.FORMAT,
         "config": dataclasses.asdict(cfg),
-        "dataset": progress.fingerprint,
+        **progress.about,
         "step": step,
         "progress": progress.state(),
     }
@@ -362,16 +362,48 @@ def save_checkpoint(
 
 def load_checkpoint(path: Path, cfg: Config, trainer: Trainer, progress: "Progress") -> int:
     """Put a run of the same Config back where save_checkpoint left it -> the step to resume with.
-    UserError if the file is not ours, or belongs to a run that differs in more than MAY_CHANGE."""
-    state = data.read_checkpoint(path)
-    refuse_another_run(state["config"], state.get("dataset"), cfg, progress.fingerprint, path)
+    UserError if the file is damaged or not ours, or belongs to a run that differs in more than
+    MAY_CHANGE."""
+    state = data.read_checkpoint(path, mapped=False)  # Windows does not replace what is mapped
+    before = configs.config_from_dict(state["config"])
+    refuse_another_run(before, state["dataset"], cfg, progress.about["dataset"], path)
     for name, part in trainer.state().items():
         if isinstance(part, nn.Module):
             data.load_weights(part, state[name], path)
-        elif state[name]:  # {}: the part was not in use
-            part.load_state_dict(state[name])
-    progress.load(state["progress"], state["step"])
-    return state["step"]
+            continue
+        with data.parsing(path, f"a whole checkpoint ({name})"):
+            if isinstance(part, torch.optim.Optimizer):  # its settings are cfg's
+                settings = part.state_dict()["param_groups"]
+                part.load_state_dict({"state": state[name]["state"], "param_groups": settings})
+            elif state[name]:  # {}: the part was not in use
+                part.load_state_dict(state[name])
+    check_moments(trainer, path)
+    step = state["step"]
+    progress.load(state["progress"], step, path)
+    describe_new_rate(before, cfg, step)
+    return step
+
+
+def check_moments(trainer, path):
+    """UserError unless the optimizer has what AdamW keeps: nothing yet, or for each parameter the
+    number of its steps and two moments of its shape."""
+    for name, p in trainer.model.named_parameters():
+        kept = trainer.optimizer.state[p]
+        shapes = {key: getattr(value, "shape", None) for key, value in kept.items()}
+        if kept and shapes != {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}:
+            raise UserError(f"{path} is damaged: the optimizer's state of {name} does not fit it")
+        data.check_finite({f"the optimizer's {key} of {name}": t for key, t in kept.items()}, path)
+
+
+def describe_new_rate(before, cfg, step):
+    """A longer --kimg stretches the cosine, so that the rate goes up again; say so."""
+    images = step * cfg.batch_size
+    old, new = learning_rate(before, images), learning_rate(cfg, images)
+    if new > 1.05 * old and rank_and_size()[0] == 0:
+        say(
+            f"the learning rate goes back up from {old:.2e} to {new:.2e}: --lr-decay cosine now "
+            f"ends at {cfg.kimg:g} kimg, and ended at {before.kimg:g} before"
+        )
 
 
 def latest_checkpoint(out):
@@ -433,20 +465,16 @@ MAY_CHANGE = {
 
 
 def refuse_another_run(theirs, their_data, cfg, our_data, path):
-    """UserError if a run's config (a dict) or the fingerprint of its data differ from ours."""
-    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
-    theirs = {configs.RENAMED.get(name, name): value for name, value in theirs.items()}
-    theirs = json.loads(json.dumps({**defaults, **theirs}))  # earlier versions had fewer fields
-    ours = json.loads(json.dumps(dataclasses.asdict(cfg)))  # tuples become lists, as in config.json
+    """UserError if a run's Config or the fingerprint of its data (None: an earlier version, which
+    had none) differ from ours."""
     differ = [
-        f"{name} is {theirs[name]!r} there and {ours[name]!r} here"
-        for name in ours
-        if name not in MAY_CHANGE and ours[name] != theirs[name]
+        f"{name} is {getattr(theirs, name)!r} there and {value!r} here"
+        for name, value in dataclasses.asdict(cfg).items()
+        if name not in MAY_CHANGE and value != getattr(theirs, name)
     ]
-    # Runs of earlier versions have no fingerprint; their data must be where they were.
-    same_data = their_data == our_data if their_data else theirs["data"] == cfg.data
+    same_data = their_data == our_data if their_data else theirs.data == cfg.data
     if not same_data:
-        differ.append(f"{cfg.data} does not hold the same data as {theirs['data']} did")
+        differ.append(f"{cfg.data} does not hold the same data as {theirs.data} did")
     if differ:
         raise UserError(
             f"{path} belongs to another run: {', '.join(differ)}; give another --out, or "
@@ -459,11 +487,9 @@ OUTPUTS = ["log.jsonl", "loss.png", "samples-??????*.png", "last.pt", "last.dama
 OUTPUTS += ["previous.pt", "best.pt"]
 
 
-def open_folder(out, cfg, dataset, overwrite):
-    """Make the output folder, or accept the one that this run began. UserError if it holds anything
-    else."""
-    note = out / "config.json"
-    fingerprint = dataset.fingerprint()
+def check_folder(out, cfg, fingerprint, overwrite):
+    """UserError if the output folder holds anything but this very run, or one to overwrite. Nothing
+    is written yet."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")
     if os.path.isdir(cfg.data) and out.resolve().is_relative_to(Path(cfg.data).resolve()):
@@ -471,32 +497,35 @@ def open_folder(out, cfg, dataset, overwrite):
             f"--out {out} is inside --data {cfg.data}, and the run's own images would join it; "
             f"choose another folder"
         )
-    theirs = read_config(note)
-    if theirs is None and out.exists() and any(out.iterdir()):
+    theirs = read_config(out / "config.json")
+    others = out.exists() and {file.name for file in out.iterdir()} - {configs.LOCK}
+    if theirs is None and others:
         raise UserError(
             f"--out {out} holds files of something else, or its config.json is damaged; give a new "
             f"or an empty folder"
         )
-    if theirs and overwrite:
+    if theirs and not overwrite:
+        their_data = theirs.pop("dataset", None)
+        refuse_another_run(configs.config_from_dict(theirs), their_data, cfg, fingerprint, out)
+
+
+def open_folder(out, cfg, fingerprint, overwrite):
+    """Once the folder is this run's alone: empty it if that was asked for, and say whose it is."""
+    check_folder(out, cfg, fingerprint, overwrite)
+    if overwrite and read_config(out / "config.json"):
         for file in numbered(out):
             file.unlink()
         for pattern in OUTPUTS:
             for file in out.glob(pattern):
                 file.unlink()
-    elif theirs:
-        refuse_another_run(theirs, theirs.get("dataset"), cfg, fingerprint, out)
-    out.mkdir(parents=True, exist_ok=True)
     values = {**dataclasses.asdict(cfg), "dataset": fingerprint}
-    write_text(note, json.dumps(values, indent=1))
+    write_text(out / "config.json", json.dumps(values, indent=1))
 
 
 def read_config(path):
     """The config.json that open_folder wrote, as a dict; None if there is none, or it is damaged or
     of another program."""
-    try:
-        config = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):  # ValueError: not JSON, or not text
-        return None
+    config = data.parse_json(path.read_bytes()) if path.exists() else None
     ours = isinstance(config, dict) and {"data", "model", "kimg"} <= config.keys()
     return config if ours else None
 
@@ -515,13 +544,14 @@ class Progress:
     kept in log.jsonl. The columns of a tick so far stay on the device and go into the checkpoint,
     so a resumed run logs what an unbroken one would. All processes have the same; rank 0 writes."""
 
-    def __init__(self, cfg, out, device, dataset):
+    def __init__(self, cfg, out, device, dataset, fingerprint, on_entry=None):
         self.cfg = cfg
         self.device = device
+        self.on_entry = on_entry
         self.writes = rank_and_size()[0] == 0
         self.live = self.writes and sys.stderr.isatty()
         self.path = out / "log.jsonl"
-        self.fingerprint = dataset.fingerprint()
+        self.about = {"dataset": fingerprint, "class_names": list(dataset.class_names)}
         self.unreadable = data.UnreadableImages(dataset, verbose=self.writes)
         self.total = total_steps(cfg)
         self.log = []  # the entries of log.jsonl
@@ -538,11 +568,28 @@ class Progress:
             "unreadable": self.unreadable.found,
         }
 
-    def load(self, state, step):
-        """The state of a checkpoint, and the log as it was at its step."""
-        steps = state["columns"] if "columns" in state else state["seen"]  # its earlier name
+    def load(self, state, step, path):
+        """The state in the checkpoint at this path, and the log as it was at its step. UserError if
+        it is not of the form that `state` returns."""
+        steps = state.get("columns", state.get("seen"))  # its earlier name
+        norms = state.get("norms")
+        known = {"t", "weight", "loss", "mse", "vlb", "condition"}
+        whole = (
+            all(isinstance(part, list) for part in (steps, norms))
+            and all(isinstance(columns, dict) and columns.keys() <= known for columns in steps)
+            and all(
+                has_shape(c, self.cfg.batch_size) for columns in steps for c in columns.values()
+            )
+            and all(has_shape(norm) for norm in norms)
+            and len({len(norm) for norm in norms}) <= 1
+            and type(state.get("skipped")) is int
+            and isinstance(state.get("unreadable"), dict)
+            and all(isinstance(text, str) for pair in state["unreadable"].items() for text in pair)
+        )
+        if not whole:
+            raise UserError(f"{path} is damaged: its progress has another form")
         self.columns = [{n: c.to(self.device) for n, c in columns.items()} for columns in steps]
-        self.norms = [norms.to(self.device) for norms in state["norms"]]
+        self.norms = [norm.to(self.device) for norm in norms]
         self.skipped = state["skipped"]
         self.unreadable.found = state["unreadable"]
         # What was logged after this checkpoint will be logged again.
@@ -555,6 +602,7 @@ class Progress:
         self.first_step = step
         self.started = time.time()
         self.shown = 0.0
+        self.last_line = ""
         self.reset_clocks()
 
     def reset_clocks(self):
@@ -581,7 +629,13 @@ class Progress:
         """After each step: refresh the live line, if it is time."""
         if self.live and time.time() - self.shown > 0.5:
             self.shown = time.time()
-            configs.live_line(self.line(self.entry(trainer, done)))
+            self.last_line = self.line(self.entry(trainer, done))
+            configs.live_line(self.last_line)
+
+    def show_again(self):
+        """After something else had the live line."""
+        if self.live:
+            configs.live_line(self.last_line)
 
     def tick(self, trainer, done, condition):
         """At the end of a tick: a line, an entry in the log, and a fresh tick. condition (batch,):
@@ -594,8 +648,9 @@ class Progress:
         }
         self.write(entry)
         if self.writes:
+            self.last_line = self.line(entry)
             show = configs.live_line if self.live else say
-            show(self.line(entry))
+            show(self.last_line)
         self.columns = []
         self.norms = []
         self.reset_clocks()
@@ -606,6 +661,8 @@ class Progress:
         if self.writes:
             with open(self.path, "a") as file:
                 file.write(json.dumps(entry) + "\n")
+            if self.on_entry:
+                self.on_entry(entry)
 
     def entry(self, trainer, done):
         """The means of the tick so far, after so many steps of the run."""
@@ -651,7 +708,7 @@ class Progress:
         left = (self.total - done) * (time.time() - self.started) / max(done - self.first_step, 1)
         left = round(left)
         parts = [
-            f"kimg {entry['kimg']:.1f}",
+            f"{entry['kimg']:.1f} of {self.cfg.kimg:g} kimg",
             f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left",
             f"loss {entry.get('loss', math.nan):.4f}",
             f"lr {entry['lr']:.2e}",
@@ -664,14 +721,21 @@ class Progress:
         return "  ".join(parts)
 
 
+def has_shape(tensor, n=None):
+    """Is it a vector, of this length if one is given?"""
+    vector = isinstance(tensor, torch.Tensor) and tensor.dim() == 1
+    return vector and n in (None, len(tensor))
+
+
 def read_log(path, step):
     """The entries of log.jsonl up to this step. (After a crash the last line may be cut short.)"""
     entries = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        entry = data.parse_json(line)
+        whole = isinstance(entry, dict) and type(entry.get("step")) is int
+        if not whole or not isinstance(entry.get("kimg"), float):
             break
+        entries.append(entry)
     return [entry for entry in entries if entry["step"] <= step]
 
 
@@ -753,9 +817,10 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Inside the with block, SIGINT and SIGTERM ask the loop to end after the current step; another
-    one, more than three seconds later, ends it at once. (torchrun waits 30 seconds for the step and
-    the save, or TORCH_ELASTIC_SHUTDOWN_TIMEOUT.) Outside a main thread it does nothing."""
+    """Inside the with block, SIGINT, SIGTERM and SIGHUP ask the loop to end after the current step;
+    another one, more than three seconds later, ends it at once. (torchrun waits 30 seconds for the
+    step and the save, or TORCH_ELASTIC_SHUTDOWN_TIMEOUT.) One that is ignored, as SIGHUP is under
+    nohup, stays so. Outside a main thread it does nothing."""
 
     def __init__(self):
         self.number = 0
@@ -764,9 +829,10 @@ class StopSignal:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                # None: a handler that was not set from Python, and cannot be restored
-                self.before[number] = signal.signal(number, self.ask) or signal.SIG_DFL
+            for number in configs.ENDING:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    # None: a handler that was not set from Python, and cannot be restored
+                    self.before[number] = signal.signal(number, self.ask) or signal.SIG_DFL
         return self
 
     def __exit__(self, *error):
@@ -821,17 +887,43 @@ def open_loader(dataset, cfg, trainer, first_step):
     return TimedLoader(data.loader(stream, places, cfg.workers, pin_memory))
 
 
-def sync_status(stop, unreadable, device):
-    """-> the signal that any process received (or 0), and the images that any could not read; the
-    same in all processes."""
+MINUTES = 60  # in seconds
+
+
+class Clock:
+    """What is due by time, however slow the steps are: a grid of samples after two minutes and then
+    every 15, unless they would take more than a tenth of the time, and a checkpoint every 15."""
+
+    def __init__(self, start):
+        now = time.monotonic()
+        self.save_at = now + 15 * MINUTES
+        self.grid_at = now + (15 if start else 2) * MINUTES
+
+    def due(self):
+        """-> is a grid due, is a checkpoint due. Rank 0 decides for all processes."""
+        if rank_and_size()[0]:
+            return False, False
+        now = time.monotonic()
+        return now >= self.grid_at, now >= self.save_at
+
+    def drew(self, seconds):
+        self.grid_at = time.monotonic() + max(15 * MINUTES, 10 * seconds)
+
+    def saved(self):
+        self.save_at = time.monotonic() + 15 * MINUTES
+
+
+def sync_status(stop, device, unreadable=(), due=()):
+    """-> the signal that any process received (or 0), the images that any could not read, and of
+    the truth values in `due` which are true in any; the same in all processes."""
     if rank_and_size()[1] == 1:
-        return stop.number, unreadable
+        return stop.number, unreadable, due
     # One small tensor in each step; the list itself only in the few steps that have one.
-    status = torch.tensor([[stop.number], [len(unreadable)]], device=device)
-    numbers, counts = configs.all_gather(status)
+    status = torch.tensor([[stop.number], [len(unreadable)], *([value] for value in due)])
+    numbers, counts, *due = configs.all_gather(status.to(device))
     if counts.any():
-        unreadable = sum(configs.all_gather_object(unreadable), [])
-    return int(numbers.max()), unreadable
+        unreadable = sum(configs.all_gather_object(list(unreadable)), [])
+    return int(numbers.max()), unreadable, [bool(values.any()) for values in due]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -866,59 +958,82 @@ def resume(out, cfg, trainer, progress):
 
 
 def train(
-    cfg: Config, dataset, out, weights=None, device=None, vae=None, scorer=None
+    cfg: Config,
+    dataset,
+    out: str | Path,
+    weights: dict | None = None,
+    device: torch.device | None = None,
+    vae=None,
+    scorer=None,
+    overwrite: bool = False,
+    on_entry=None,
 ) -> int | None:
     """Train cfg on dataset in the folder out, from the start or from its latest checkpoint -> None
     when complete, or the number of the signal that stopped it.
 
     weights: a state_dict to begin with. vae: decodes the sample grids of a latent network; without
     it there are none. scorer: a sample.Scorer, for cfg.score_every; best.pt is the checkpoint of
-    the lowest FID. UserError past 1 % unreadable images, or after 10 steps in a row with non-finite
-    gradients."""
+    the lowest FID. overwrite: start again if the folder holds a run. on_entry: called with each
+    entry of the log, a dict, in the process that writes it. UserError if the folder holds anything
+    else, or another process works in it; past 1 % unreadable images; after 10 steps in a row with
+    non-finite gradients."""
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     device = device or configs.default_device()
-    trainer = Trainer(cfg, device, weights)
-    progress = Progress(cfg, out, device, dataset)
-    start = resume(out, cfg, trainer, progress)
-    scores = SampleScores(cfg, out, trainer, progress, vae, scorer)
+    fingerprint = dataset.fingerprint()
+    on_rank_0(lambda: check_folder(out, cfg, fingerprint, overwrite))
+    with configs.exclusive(out):
+        on_rank_0(lambda: open_folder(out, cfg, fingerprint, overwrite))
+        trainer = Trainer(cfg, device, weights)
+        progress = Progress(cfg, out, device, dataset, fingerprint, on_entry)
+        start = resume(out, cfg, trainer, progress)
+        scores = SampleScores(cfg, out, trainer, progress, vae, scorer)
+        if start >= total_steps(cfg) and not scores.due(start):
+            return None
+        progress.start(start)
+        loader = open_loader(dataset, cfg, trainer, start)
+        try:
+            with StopSignal() as stop:
+                return loop(cfg, out, trainer, progress, loader, vae, scores, start, stop)
+        except Stopped as stopped:  # in the middle of scores
+            return stopped.signal
+
+
+def loop(cfg, out, trainer, progress, loader, vae, scores, start, stop):
+    """The steps from `start` on, and what is due after each -> the number of the signal that ended
+    it, or None at the end."""
     total = total_steps(cfg)
-    if start >= total and not scores.due(start):
-        return None
-    loader = open_loader(dataset, cfg, trainer, start)
-    progress.start(start)
+    clock = Clock(start)
+    if scores.due(start):  # the run was stopped before, or in the middle of them
+        scores.compute(start, stop)
+    for step in range(start, total):
+        done = step + 1
+        tick_due = reached(cfg, cfg.tick_kimg, done)
+        number_due = reached(cfg, cfg.save_kimg, done)
 
-    try:
-        with StopSignal() as stop:
-            if scores.due(start):  # the run was stopped before, or in the middle of them
-                scores.compute(start, stop)
-            for step in range(start, total):
-                done = step + 1
-                tick_due = reached(cfg, cfg.tick_kimg, done)
-                grid_due = reached(cfg, cfg.sample_kimg, done)
-                number_due = reached(cfg, cfg.save_kimg, done)
+        began = time.time()
+        columns, norms = trainer.step(step, loader, tick_due)
+        waited, unreadable = loader.collect()
+        signalled, unreadable, (grid_due, save_due) = sync_status(
+            stop, trainer.device, unreadable, clock.due()
+        )
+        progress.add(columns, norms, unreadable, time.time() - began, waited)
+        refuse_divergence(cfg, out, progress, step)
 
-                began = time.time()
-                columns, norms = trainer.step(step, loader, tick_due)
-                waited, unreadable = loader.collect()
-                signalled, unreadable = sync_status(stop, unreadable, device)
-                progress.add(columns, norms, unreadable, time.time() - began, waited)
-                refuse_divergence(cfg, out, progress, step)
-
-                if tick_due:
-                    progress.tick(trainer, done, columns["condition"])
-                else:
-                    progress.show(trainer, done)
-                if grid_due:  # before the checkpoint: a run killed here makes it again
-                    save_pictures(cfg, out, trainer, progress, vae, done)
-                if grid_due or number_due or signalled or scores.due(done):
-                    save_run(cfg, out, trainer, progress, done, number_due)
-                if scores.due(done) and not signalled:
-                    scores.compute(done, stop)
-                if signalled and (done < total or scores.due(done)):
-                    return signalled
-    except Stopped as stopped:  # in the middle of scores
-        return stopped.signal
+        if tick_due:
+            progress.tick(trainer, done, columns["condition"])
+        else:
+            progress.show(trainer, done)
+        grid_due = reached(cfg, cfg.sample_kimg, done) or (grid_due and not signalled)
+        if grid_due:  # before the checkpoint: a run killed here makes it again
+            clock.drew(save_pictures(cfg, out, trainer, progress, vae, done))
+            progress.show_again()
+        if grid_due or number_due or save_due or signalled or scores.due(done):
+            save_run(cfg, out, trainer, progress, done, number_due)
+            clock.saved()
+        if scores.due(done) and not signalled:
+            scores.compute(done, stop)
+        if signalled and (done < total or scores.due(done)):
+            return signalled
 
 
 def refuse_divergence(cfg, out, progress, step):
@@ -939,12 +1054,17 @@ def name_by_kimg(cfg, done):
 
 
 def save_pictures(cfg, out, trainer, progress, vae, done):
-    """The grid of samples, always of the same noise and classes, and the curves."""
+    """The grid of samples, always of the same noise and classes, and the curves -> the seconds that
+    it took."""
+    start = time.monotonic()
     if vae or cfg.in_channels == 3:
         path = out / f"samples-{name_by_kimg(cfg, done)}.png"
         batch = min(64, trainer.micro)
-        sample.save_samples(trainer.ema.model, cfg, path, vae, batch=batch)
+        model = trainer.ema.model
+        model.class_names = progress.about["class_names"]
+        sample.save_samples(model, cfg, path, vae, batch=batch)
     on_rank_0(lambda: draw_curves(progress.log, out / "loss.png"))
+    return time.monotonic() - start
 
 
 def save_run(cfg, out, trainer, progress, done, number_due):
@@ -1027,7 +1147,7 @@ class SampleScores:
         self.progress.write(entry)  # from here on they are not due again
         on_rank_0(lambda: draw_curves(log, self.out / "loss.png"))
         if self.progress.writes:
-            say(f"kimg {entry['kimg']:.1f}  {sample.format_scores(scores)}")
+            say(f"{entry['kimg']:.1f} kimg  {sample.format_scores(scores)}")
             say(f"  {entry['provenance']}")
 
     def samples(self, model, stop):
@@ -1036,11 +1156,12 @@ class SampleScores:
         rank, size = rank_and_size()
         batch = min(64, self.trainer.micro)
         for first in range(0, cfg.score_n, size * batch):  # as often in each process
-            signalled, _ = sync_status(stop, [], self.trainer.device)
+            signalled, *_ = sync_status(stop, self.trainer.device)
             if signalled:
                 raise Stopped(signalled)
             indices = range(cfg.score_n)[first + rank * batch : first + (rank + 1) * batch]
-            for x, _ in sample.generate(model, cfg, indices, batch=batch):
+            watch = sample.show_steps(f"{first} of {cfg.score_n} samples for the scores", cfg)
+            for x, _ in sample.generate(model, cfg, indices, batch=batch, watch=watch):
                 yield indices, sample.to_images(x, cfg, self.vae)
 
 
@@ -1075,28 +1196,44 @@ def open_data(cfg):
     if not cfg.data:
         raise UserError(f"this preset has no data of its own; pass --data: {data.KINDS}")
     dataset = data.open_dataset(cfg.data, cfg.input_size)
-    latents = isinstance(dataset, data.Latents)
-    if latents and dataset.channels != cfg.in_channels:
+    if isinstance(dataset, data.Latents):
+        if dataset.channels != cfg.in_channels:
+            raise UserError(
+                f"{cfg.data} holds latents of {dataset.channels} channels, and this network takes "
+                f"{cfg.in_channels}; choose another preset"
+            )
+    elif cfg.in_channels != 3:
         raise UserError(
-            f"{cfg.data} holds latents of {dataset.channels} channels, and this network takes "
-            f"{cfg.in_channels}"
+            f"{cfg.data} holds images, which are read with 3 channels (grey ones, too), and this "
+            f"network takes {cfg.in_channels}; pass --in-channels 3, or for a network of latents "
+            f"make them: python data.py latents {cfg.data} latents --vae FILE --size "
+            f"{8 * cfg.input_size}"
         )
-    if not latents and cfg.in_channels != 3:
-        raise UserError(
-            f"{cfg.data} holds images, and this network takes latents; make them with: python "
-            f"data.py latents {cfg.data} latents --vae FILE --size {8 * cfg.input_size}"
-        )
+    return dataset
+
+
+def classes_of(dataset, preset):
+    """The number of classes of the network where the user gives none: that of the data. A preset
+    without classes takes only those with names (numbered folders are often parts of one set), and
+    none of CIFAR's archives, which the paper's unconditional networks are trained on."""
+    named = not all(name.isdigit() for name in dataset.class_names)
+    if not preset.num_classes and (not named or dataset.labels_from == "the archive"):
+        return 0
+    return dataset.num_classes if dataset.num_classes > 1 else 0
+
+
+def check_classes(cfg, dataset):
+    """UserError if the network has classes and the data have none, or more."""
     if cfg.num_classes and dataset.labels is None:
         raise UserError(
             f"{cfg.data} has no labels, and this network has {cfg.num_classes} classes; sort the "
             f"images into sub-folders, or pass --num-classes 0"
         )
-    if cfg.num_classes and dataset.labels.max() >= cfg.num_classes:
+    if cfg.num_classes and dataset.num_classes > cfg.num_classes:
         raise UserError(
-            f"{cfg.data} has a label {dataset.labels.max()}, and this network has the classes 0 to "
-            f"{cfg.num_classes - 1}; pass --num-classes {dataset.labels.max() + 1}"
+            f"{cfg.data} has {dataset.num_classes} classes, and this network {cfg.num_classes}; "
+            f"pass --num-classes {dataset.num_classes}, or leave it out"
         )
-    return dataset
 
 
 def open_vae(cfg, dataset):
@@ -1167,28 +1304,29 @@ def describe(name, cfg, network, dataset, device):
     size = rank_and_size()[1]
     processes = f", {size} processes" if size > 1 else ""
     say(
-        f"{name} ({source}): {cfg.model} of {millions:.2f}M parameters, {len(dataset)} images from "
-        f"{cfg.data}, {cfg.kimg:g} kimg, {device.type} in {arithmetic}{processes}"
+        f"{name} ({source}): {cfg.model} of {millions:.2f}M parameters, {cfg.kimg:g} kimg "
+        f"(thousands of images), {device.type} in {arithmetic}{processes}"
     )
-    if dataset.labels is not None and dataset.labels_from:
-        describe_classes(cfg, dataset)
+    say(f"{cfg.data}: {dataset.summary()}")
+    describe_classes(configs.PRESETS[name].num_classes, cfg.num_classes, dataset)
     if device.type == "cpu" and arithmetic == "fp32":
         say("this CPU has no fast bf16 (AMX): expect a few times the time of one that has it")
 
 
-def describe_classes(cfg, dataset):
-    """Say where the labels come from, and which classes the network has no images of."""
-    count = int(dataset.labels.max()) + 1
-    names = [f"{k} {name}" for k, name in enumerate(dataset.class_names)]
-    shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-    say(f"{count} classes by {dataset.labels_from}" + (f": {shown}" if names else ""))
-    if not cfg.num_classes:
-        say("this network is unconditional and ignores them; --num-classes N uses them")
-    elif count < cfg.num_classes:
+def describe_classes(usual, now, dataset):
+    """Say what a user may not expect of the classes: usual of the preset, now of the network."""
+    count = dataset.num_classes
+    if not now and count > 1:
+        say(f"the network is unconditional and ignores them; --num-classes {count} uses them")
+    elif not now and usual:
+        say(f"the network is unconditional, as the data have no classes (the preset has {usual})")
+    elif now > count:
         say(
-            f"this network has {cfg.num_classes} classes: those from {count} on have no images and "
-            f"will not be learned; pass --num-classes {count}"
+            f"the network has {now} classes: those from {count} on have no images and will not be "
+            f"learned; pass --num-classes {count}"
         )
+    elif now != usual:
+        say(f"the network has these {now} classes, where the preset has {usual or 'none'}")
 
 
 def main():
@@ -1222,6 +1360,7 @@ def main():
         metavar="N",
         help="only time N steps (default: 20)",
     )
+    configs.add_device(group)
     parser.add_config(shown=shown_preset())
     args = vars(parser.parse_args())
     configs.run_command(
@@ -1229,6 +1368,7 @@ def main():
         lambda: run(args),
         "pass a smaller --micro-batch, or --grad-checkpointing",
         "the same command, without --overwrite, resumes from the last checkpoint",
+        args.pop("device"),
     )
 
 
@@ -1255,22 +1395,27 @@ def run(args):
         return bench(cfg, device, repeats)
 
     dataset = open_data(cfg)
+    if "num_classes" not in args:
+        args["num_classes"] = classes_of(dataset, cfg)
+        cfg = configs.config_from_preset(name, args)
+    check_classes(cfg, dataset)
     vae = open_vae(cfg, dataset)
     scorer = open_scorer(cfg, vae, force)
     with torch.device("meta"):
         network = diffit.build(cfg)  # do the sizes fit? no memory is taken
     weights = None
+    notes = []
     if init_from and checkpoints(out) and not overwrite:
-        if first:
-            say(f"--init-from {init_from} is not used: {out} holds a run, which resumes")
+        notes = [f"--init-from {init_from} is not used: {out} holds a run, which resumes"]
     elif init_from:
         weights, notes = starting_weights(init_from, network)
-        if first:
-            say("; ".join(notes))
-    on_rank_0(lambda: open_folder(out, cfg, dataset, overwrite))  # nothing is written before this
+    fingerprint = dataset.fingerprint()
+    on_rank_0(lambda: check_folder(out, cfg, fingerprint, overwrite))
     if first:
         describe(name, cfg, network, dataset, device)
-    stopped = train(cfg, dataset, out, weights, device, vae, scorer)
+        for note in notes:
+            say(note)
+    stopped = train(cfg, dataset, out, weights, device, vae, scorer, overwrite)
     configs.end_live_line()
     if stopped and first:
         how = "the same command resumes" + (" (without --overwrite)" if overwrite else "")
