@@ -296,7 +296,9 @@ class Config:
         here = f"{self.model} with {self.process}"
         if choices and value not in choices:
             hint = nearest(str(value), choices)
-            raise UserError(f"{flag} {value} is unknown; it takes {', '.join(choices)}{hint}")
+            raise UserError(
+                f"{flag} {short(value)} is unknown; it takes {', '.join(choices)}{hint}"
+            )
         if not self.applies(field):
             if value != field.default:
                 raise UserError(f"{flag} is for {' and '.join(only)}, and this is {here}")
@@ -620,17 +622,20 @@ def config_from_preset(name, given):
     return Config(**values)
 
 
-def config_from_dict(values):
-    """The Config that a checkpoint holds as a dict, also under earlier names of its fields.
+def config_from_dict(values, path):
+    """The Config that the file at path holds as a dict, also under earlier names of its fields.
     UserError if a field is unknown here, or has an impossible value."""
     values = {RENAMED.get(name, name): value for name, value in values.items()}
     unknown = values.keys() - {field.name for field in dataclasses.fields(Config)}
     if unknown:
         names = ", ".join(map(short, unknown))
-        raise UserError(f"the configuration has fields of another version: {names}")
+        raise UserError(f"the configuration in {path} has fields of another version: {names}")
     # JSON knows no tuples.
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    return Config(**values)
+    try:
+        return Config(**values)
+    except UserError as error:
+        raise UserError(f"the configuration in {path} is damaged: {error}") from None
 
 
 def numbers(text):

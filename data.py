@@ -322,8 +322,7 @@ def weights_in(content, path, ema=True):
         if not entries:
             raise UserError(f"{path} holds one set of weights, not an EMA too; leave out --no-ema")
     key, state = next(iter(entries.items()), ("", content))
-    by_name = all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items())
-    if not state or not by_name:
+    if not state or not is_by_name(state):
         raise UserError(f"{path} holds no weights by name, and none under ema, model, state_dict")
     state = {
         name.replace("_orig_mod.", "").removeprefix("module."): value.detach()
@@ -332,8 +331,15 @@ def weights_in(content, path, ema=True):
     return state, {"ema": "EMA", "": "plain"}.get(key, "raw")
 
 
+def is_by_name(state):
+    """Does a dict hold tensors by name, and nothing else?"""
+    return all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items())
+
+
 def check_weights(model, state, path):
     """UserError that lists everything in a state_dict that does not fit the network."""
+    if not is_by_name(state):
+        raise UserError(f"{path} is damaged: it holds something else among its weights")
     own = {name: value.shape for name, value in model.state_dict().items()}
     index = "relative_position_index"  # in the released DiffiT files; it follows from the size
     wrong = {
@@ -348,7 +354,7 @@ def check_weights(model, state, path):
     problems = []
     for kind, names in wrong.items():
         if names:
-            first = "; ".join(n[:100] for n in names[:10]) + "; ..." * (len(names) > 10)
+            first = "; ".join(map(short, names[:10])) + "; ..." * (len(names) > 10)
             problems.append(f"{len(names)} {kind} ({first})")
     if problems:
         raise UserError(f"the weights in {path} do not fit this network: {', '.join(problems)}")
@@ -416,7 +422,7 @@ def read_checkpoint(path, mapped=True):
         raise UserError(f"{path} is not a checkpoint of train.py (expected the format {FORMAT!r})")
     state.setdefault("dataset", None)  # earlier versions had none
     wrong = [name for name, kind in PARTS.items() if not isinstance(state.get(name), kind)]
-    if wrong or state["step"] < 0:
+    if wrong or not 0 <= state["step"] < 2**53:
         raise UserError(
             f"{path} cannot be resumed: it lacks {', '.join(wrong) or 'its step'}, or has it in "
             f"another form"

@@ -77,7 +77,7 @@ def config_of(content, path, preset):
                 f"--preset {preset}: {path} is a checkpoint of train.py, which knows its own "
                 f"network; leave --preset out"
             )
-        return configs.config_from_dict(content["config"])
+        return configs.config_from_dict(content["config"], path)
     if not preset:
         raise UserError(
             f"{path} does not say which network it holds; pass --preset (python configs.py lists "

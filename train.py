@@ -8,14 +8,12 @@ its size, and so the noise, depends on the number of processes.)
 """
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import functools
 import itertools
 import json
 import math
-import operator
 import os
 import shutil
 import signal
@@ -365,7 +363,7 @@ def load_checkpoint(path: Path, cfg: Config, trainer: Trainer, progress: "Progre
     UserError if the file is damaged or not ours, or belongs to a run that differs in more than
     MAY_CHANGE."""
     state = data.read_checkpoint(path, mapped=False)  # Windows does not replace what is mapped
-    before = configs.config_from_dict(state["config"])
+    before = configs.config_from_dict(state["config"], path)
     refuse_another_run(before, state["dataset"], cfg, progress.about["dataset"], path)
     for name, part in trainer.state().items():
         if isinstance(part, nn.Module):
@@ -389,7 +387,8 @@ def check_moments(trainer, path):
     number of its steps and two moments of its shape."""
     for name, p in trainer.model.named_parameters():
         kept = trainer.optimizer.state[p]
-        shapes = {key: getattr(value, "shape", None) for key, value in kept.items()}
+        named = kept.items() if isinstance(kept, dict) else [("nothing", kept)]
+        shapes = {key: getattr(value, "shape", None) for key, value in named}
         if kept and shapes != {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}:
             raise UserError(f"{path} is damaged: the optimizer's state of {name} does not fit it")
         data.check_finite({f"the optimizer's {key} of {name}": t for key, t in kept.items()}, path)
@@ -506,7 +505,8 @@ def check_folder(out, cfg, fingerprint, overwrite):
         )
     if theirs and not overwrite:
         their_data = theirs.pop("dataset", None)
-        refuse_another_run(configs.config_from_dict(theirs), their_data, cfg, fingerprint, out)
+        theirs = configs.config_from_dict(theirs, out / "config.json")
+        refuse_another_run(theirs, their_data, cfg, fingerprint, out)
 
 
 def open_folder(out, cfg, fingerprint, overwrite):
@@ -733,28 +733,37 @@ def read_log(path, step):
     for line in path.read_bytes().splitlines() if path.exists() else []:
         entry = data.parse_json(line)
         whole = isinstance(entry, dict) and type(entry.get("step")) is int
-        if not whole or not isinstance(entry.get("kimg"), float):
+        kimg = entry.get("kimg") if whole else None
+        if not isinstance(kimg, float) or not 0 < kimg < configs.LARGEST:
             break
         entries.append(entry)
     return [entry for entry in entries if entry["step"] <= step]
+
+
+def number_in(entry, keys):
+    """The number under these keys of a log's entry, the largest of several with names, or NaN: a
+    log is a file, and may have been edited."""
+    for key in keys:
+        try:
+            entry = entry[key]
+        except (KeyError, IndexError, TypeError):
+            return math.nan
+    values = entry.values() if isinstance(entry, dict) else [entry]
+    return max((value for value in values if type(value) in (int, float)), default=math.nan)
 
 
 def draw_curves(log, path):
     """loss.png: what the log holds over thousands of images, on logarithmic scales; with scores, a
     third row."""
 
-    def curve(name, *keys, of=lambda value: value):
-        """(name, points) of what the entries hold under these keys, or of a function of it."""
-        points = []
-        for entry in log:
-            with contextlib.suppress(KeyError):
-                value = of(functools.reduce(operator.getitem, keys, entry))
-                if value > 0 and math.isfinite(value):  # others have no place on a log scale
-                    points.append((entry["kimg"], math.log10(value)))
-        return name, points
+    def curve(name, *keys):
+        """(name, points) of what the entries hold under these keys."""
+        values = [(entry["kimg"], number_in(entry, keys)) for entry in log]
+        # Others have no place on a logarithmic scale.
+        return name, [(kimg, math.log10(v)) for kimg, v in values if 1e-99 < v < 1e99]
 
     quartiles = [curve(str(k + 1), "loss_quartiles", k) for k in range(4)]
-    largest_part = curve("part", "grad_norm_parts", of=lambda parts: max(parts.values()))
+    largest_part = curve("part", "grad_norm_parts")
     condition = [curve(name, "condition_norm", name) for name in ("mean", "max", "std")]
     panels = {  # title -> curves, named from right to left
         "loss, and its parts": [curve(name, name) for name in ("mse", "vlb", "loss")],
