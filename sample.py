@@ -769,7 +769,7 @@ def statistics(inception, batches, n, resize="pytorch"):
         spatial.add(found_spatial)
         here = [k for k, i in enumerate(indices) if keep[i]]
         kept += [indices[k] for k in here]
-        features.append(found[here].cpu())
+        features.append(found.cpu()[here])
         seen += len(images) * size  # as if the other processes were as far
         if rank == 0:
             rate = seen / (time.time() - start)
