@@ -242,8 +242,8 @@ def refused(call, *words):
 
 @contextlib.contextmanager
 def signals_restored():
-    """Restore the handlers of SIGINT and SIGTERM at the end."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Restore the handlers of SIGINT, SIGTERM and SIGHUP at the end."""
+    handlers = {number: signal.getsignal(number) for number in configs.ENDING}
     try:
         yield
     finally:
@@ -3396,6 +3396,255 @@ def test_a_signal_ends_the_step_and_is_saved():
         stopped = torch.load(root / "run/last.pt", weights_only=True)
         whole = tiny_run(root / "whole", kimg=stopped["step"] * 8 / 1000)
         assert same_training(stopped, whole), "stopped is not like never stopped"
+
+
+def test_a_scheduler_that_signals_everyone_twice():
+    """torchrun, its processes and their workers all get SIGTERM, and a few milliseconds later
+    again: the step ends and is saved, and nothing stays behind."""
+    flags = (*TINY[:-1], 2, "--kimg", 1000)
+    with folder() as root:
+        argv = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+        argv += ["train.py", *map(str, flags), "--out", str(root / "run")]
+        job = subprocess.Popen(
+            argv,
+            cwd=Path(__file__).parent,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+        STARTED.append(job)
+        await_line(job, " loss ")
+        everyone = [job.pid, *descendants(job.pid)]
+        assert len(everyone) >= 1 + 2 + 2, "torchrun, two processes, a worker each or more"
+        for _ in range(2):
+            for pid in everyone:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
+            time.sleep(0.004)
+        said = end_of(job)[1]
+        holds(said, ["stopped by SIGTERM and saved"])
+        stopped = torch.load(root / "run/last.pt", weights_only=True)
+        assert stopped["step"] > 0
+        await_end(everyone)
+        done = stopped["step"] * 8 / 1000
+        holds(succeeds(train, *flags, "--kimg", done, "--out", root / "run"), ["complete"])
+
+
+def descendants(pid):
+    """The processes that it has started, and those that these have started."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [p for child in map(int, children) for p in (child, *descendants(child))]
+
+
+def await_end(pids):
+    """All of these processes must end within a minute."""
+    deadline = time.monotonic() + 60
+    while alive := [pid for pid in pids if Path(f"/proc/{pid}/cmdline").exists() and running(pid)]:
+        assert time.monotonic() < deadline, f"still there: {alive}"
+        time.sleep(0.1)
+
+
+def running(pid):
+    """Is it there, and not only waiting for its parent to take its exit code?"""
+    with contextlib.suppress(FileNotFoundError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def test_a_killed_run_leaves_no_worker_and_no_lock():
+    """While it runs, its folder is taken; once it is gone, by whatever way, it is free."""
+    with folder() as root:
+        process = start("--out", root / "run", "--kimg", 1000, workers=2)
+        await_line(process, " loss ")
+        workers = descendants(process.pid)
+        assert len(workers) >= 1
+        taken = ["another process is working in", "run"]
+        complains(train, *TINY, "--out", root / "run", "--kimg", 1000, words=taken)
+        complains(train, *TINY, "--out", root / "run", "--overwrite", words=taken)
+        for pid in workers:
+            for number in configs.ENDING:
+                os.kill(pid, number)  # a worker outlives what is meant for the run
+        time.sleep(0.5)
+        assert process.poll() is None and all(map(running, workers))
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        tiny_run(root / "run", kimg=0.016)
+        await_end(workers)
+
+
+def test_folders_are_locked_for_sampling_and_latents():
+    holder = (
+        "import configs, sys\n"
+        "with configs.exclusive(sys.argv[1]):\n    print(1, flush=True)\n    sys.stdin.read()"
+    )
+
+    @contextlib.contextmanager
+    def held(path):
+        argv = [sys.executable, "-c", holder, str(path)]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(argv, cwd=Path(__file__).parent, **pipes)
+        STARTED.append(process)
+        assert process.stdout.readline() == "1\n"
+        yield
+        process.communicate("")
+
+    with checkpoint() as (root, path):
+        flags = ("--ckpt", path, "--num-images", 2, "--sampling-steps", 1, "--dir", root / "each")
+        with held(root / "each"):
+            complains(sample, *flags, words=["another process is working in", "each"])
+            assert files_of(root / "each") == set()
+        succeeds(sample, *flags)
+    with latents_to_make() as (root, images, flags, _):
+        made = ("latents", images, root / "z", *flags, "--workers", 0)
+        with held(root / "z"):
+            complains(data, *made, words=["another process is working in", "z"])
+            assert files_of(root / "z") == set()
+        succeeds(data, *made)
+
+
+def test_processes_that_do_not_know_each_other_are_refused():
+    """As srun starts them."""
+    with folder() as root, patch.dict(os.environ, SLURM_NTASKS="8"):
+        words = ["SLURM_NTASKS is 8", "srun", "torchrun --nproc_per_node"]
+        complains(train, *TINY, "--out", root / "run", words=words)
+        assert not (root / "run").exists()
+
+
+def test_signals_that_are_ignored_stay_ignored():
+    """Under nohup the end of a terminal is nothing to a run."""
+    with signals_restored():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with train.StopSignal() as stop:
+            configs.end_on_signals()
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.number == 0 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with train.StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.number == signal.SIGHUP
+
+
+def test_a_terminal_that_is_closed_does_not_lose_the_run():
+    """Writing to it fails, and its end is a SIGHUP."""
+    closed = Mock(isatty=lambda: True, write=Mock(side_effect=OSError(5, "Input/output error")))
+    closed.fileno.side_effect = OSError
+    sync_status = train.sync_status
+
+    def hung_up(stop, *args):
+        stop.ask(signal.SIGHUP, None)
+        return sync_status(stop, *args)
+
+    cfg = configs.config_from_preset("shapes", {"hidden_size": 16, "depth": 1, "num_heads": 2})
+    cfg = dataclasses.replace(cfg, batch_size=4, workers=0, tick_kimg=0.004)
+    with folder() as root:
+        with patch.object(sys, "stderr", closed), patch.object(train, "sync_status", hung_up):
+            cpu = torch.device("cpu")
+            assert train.train(cfg, data.Shapes(32), root, device=cpu) == signal.SIGHUP
+        assert data.read_checkpoint(root / "last.pt")["step"] == 1
+
+
+def test_nothing_that_is_open_or_mapped_is_renamed():
+    """Windows refuses to rename, replace or remove what a process has open or mapped."""
+    moves = {name: getattr(os, name) for name in ("replace", "rename", "link", "unlink", "remove")}
+
+    def in_use():
+        """All paths that this process has mapped or open."""
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        paths = [line.split(maxsplit=5)[5] for line in lines if "/" in line]
+        for number in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(FileNotFoundError):  # that of this very list
+                paths.append(os.readlink(f"/proc/self/fd/{number}"))
+        return paths
+
+    def checked(name):
+        def move(*paths, **options):
+            for path in map(os.path.realpath, paths):
+                busy = [used for used in in_use() if used == path or used.startswith(path + "/")]
+                assert not busy, f"os.{name} of {paths}, of which {busy} are in use"
+            return moves[name](*paths, **options)
+
+        return move
+
+    flags = ("--sampling-steps", 1, "--sample-kimg", 1, "--save-kimg", 1, "--batch-size", 100)
+    with contextlib.ExitStack() as stack:
+        root = stack.enter_context(folder())
+        for name in moves:
+            stack.enter_context(patch.object(os, name, checked(name)))
+        for kimg in (1, 2, 3):  # resumed twice, each with a grid, a numbered checkpoint, last.pt
+            tiny_run(root / "run", *flags, kimg=kimg)
+        made = ("--ckpt", root / "run", "--num-images", 2, "--sampling-steps", 1)
+        succeeds(sample, *made, "--npz", root / "a.npz", "--gif", root / "a.gif")
+        vae = vae_file(root / "v.safetensors")
+        cache(root / "a.npz", root / "z", "--vae", vae, "--size", 16)
+        cache(root / "a.npz", root / "z", "--vae", vae, "--size", 16)
+        (root / "x").write_bytes(b"1")
+        with open(root / "x"):
+            raises(AssertionError, lambda: os.replace(root / "x", root / "y"), "in use")
+        busy = np.memmap(root / "x", np.uint8, "r")
+        raises(AssertionError, lambda: os.unlink(root / "x"), "in use")
+        del busy
+
+
+def test_devices():
+    there = patch.object(torch.cuda, "is_available", lambda: True)
+    apple = patch.object(torch.backends.mps, "is_available", lambda: True)
+    with folder() as root, patch.object(configs.DEVICE, "kind", "auto"):
+        for kind, words in [("cuda", "NVIDIA"), ("mps", "Apple")]:
+            if not {"cuda": torch.cuda, "mps": torch.backends.mps}[kind].is_available():
+                words = [f"--device {kind}", words, "--device cpu"]
+                complains(train, *TINY, "--out", root / "run", "--device", kind, words=words)
+        with apple:
+            with patch.object(torch.cuda, "is_available", lambda: False):
+                assert configs.default_device() == torch.device("mps")
+            configs.choose_device("cpu")
+            assert configs.default_device() == torch.device("cpu")
+            configs.choose_device("mps")
+            assert not configs.has_float64(configs.default_device())
+            with patch.dict(os.environ, WORLD_SIZE="2"):
+                refused(configs.join_processes, "Apple GPU", "--device cpu")
+        with there, patch.dict(os.environ, LOCAL_RANK="1"):
+            configs.choose_device("auto")
+            assert configs.default_device() == torch.device("cuda", 1)
+
+
+def test_workers_need_no_shared_memory():
+    """Of which a container may have too little for a single batch."""
+    nothing = Mock(side_effect=AssertionError("a tensor went through shared memory"))
+    dataset = data.ShuffledStream(data.Shapes(16, n=40))
+    with (
+        patch.object(torch.UntypedStorage, "_share_fd_cpu_", nothing),
+        patch.object(torch.UntypedStorage, "_share_filename_cpu_", nothing),
+    ):
+        batches = data.loader(dataset, [range(0, 8), range(8, 16)], workers=2)
+        found = [examples for examples, *_ in batches]
+    expected = [torch.stack([dataset[k][0] for k in range(a, a + 8)]) for a in (0, 8)]
+    assert torch.equal(torch.cat(found), torch.cat(expected))
+
+
+def test_a_killed_worker_ends_the_command():
+    """In a sentence, and without the file that it was writing."""
+    slow = "import time, data; read = data.Shapes.read; data.Shapes.read = "
+    slow += "lambda self, i: time.sleep(0.1) or read(self, i)"
+    with folder() as root:
+        made = ("prepare", "shapes", root / "x.zip", "--size", 8, "--workers", 2)
+        for number, code, words in [
+            (signal.SIGKILL, 2, ["a DataLoader worker died"]),
+            (signal.SIGTERM, 143, []),
+            (signal.SIGHUP, 129, []),
+        ]:
+            process = launch("data", *made, prepare=slow)
+            await_line(process, "50000 images")
+            while not (workers := descendants(process.pid)):
+                time.sleep(0.05)
+            time.sleep(0.3)
+            assert list(root.glob(".*.tmp")), "it is being written"
+            os.kill(workers[0] if number == signal.SIGKILL else process.pid, number)
+            found, said = end_of(process)
+            assert found == code and "Traceback" not in said, (found, said)
+            holds(said, words)
+            assert not list(root.iterdir())
+            await_end(workers)
 
 
 def test_signals_are_taken_for_as_long_as_training_runs():
