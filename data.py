@@ -796,9 +796,8 @@ class ImageFiles(ImageDataset):
         found = {n for n in found if not any(part.startswith(hidden) for part in n.split("/"))}
         described = [n for n in found if posixpath.basename(n).lower() == "dataset.json"]
         self.names = sorted(n for n in found if suffix(n) in EXTENSIONS)
-        others = collections.Counter(
-            suffix(n) or "without a suffix" for n in found.difference(self.names, described)
-        )
+        others = found.difference(self.names, described)
+        others = collections.Counter(sorted(suffix(n) or "without a suffix" for n in others))
         self.left_out = ", ".join(f"{count} {end}" for end, count in others.most_common(5))
         if not self.names:
             raise UserError(

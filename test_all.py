@@ -23,6 +23,7 @@ import os
 import pickle
 import queue
 import random
+import re
 import resource
 import shutil
 import signal
@@ -2047,6 +2048,129 @@ def test_workers_do_not_change_the_order():
         assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
+def test_only_the_listed_formats_are_opened():
+    """Whatever a name says: Pillow starts Ghostscript for PostScript."""
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    with patch.object(subprocess, "Popen", Mock(side_effect=AssertionError("a program was run"))):
+        unreadable(postscript, "not an image", "PNG")
+        unreadable(encoded(Image.new("RGB", (4, 4)), "tga"), "not an image")
+    with folder() as root:
+        image = Image.new("RGB", (8, 8), (9, 99, 199))
+        for end, kind in [("jfif", "jpeg"), ("jpe", "jpeg"), ("pgm", "ppm"), ("PNG", "png")]:
+            image.save(root / f"{kind}.{end}", kind)
+        names = [*(root / "x").parent.iterdir()]
+        for name in ("a.txt", "b.txt", "c.heic", "none"):
+            (root / name).write_bytes(b"something else")
+        found = data.open_dataset(root, 8)
+        assert len(found) == len(names) == 4
+        close(all_images(found).mean((0, 1, 2)), [9, 99, 199], 0.02)
+        assert found.summary() == "4 images; left out: 2 .txt, 1 .heic, 1 without a suffix"
+    huge = encoded(Image.new("1", (2**14, 2**14)))  # a few kB, 800 MB of pixels
+    unreadable(huge, "16384 x 16384", "smaller")
+
+
+def test_classes_of_folders():
+    with folder() as root:
+        class_folders(root / "numbered", [str(k) for k in range(12)], each=1)
+        numbered = data.open_dataset(root / "numbered", 8)
+        assert numbered.class_names == [str(k) for k in range(12)]
+        assert numbered.labels.tolist() == [*range(2), 10, 11, *range(2, 10)], "by path"
+        for names in (["train", "val"], ["Training", "test", "valid"]):
+            top = root / names[0]
+            class_folders(top, names)
+            words = [names[0], "parts of a data set", f"{top}/{sorted(names)[0]}"]
+            refused(lambda: data.open_dataset(top, 8), *words)
+        class_folders(root / "vehicles", ["car", "train"])
+        assert data.open_dataset(root / "vehicles", 8).class_names == ["car", "train"]
+        assert data.open_dataset(root / "train/train", 8).labels is None
+        for name in ("Dataset.JSON", "dataset.json"):
+            files = [f"{k}/0.png" for k in range(12)]
+            labels = {"labels": [[file, 1] for file in files], "class_names": ["a", "b"]}
+            (root / "numbered" / name).write_text(json.dumps(labels))
+            found = data.open_dataset(root / "numbered", 8)
+            assert found.summary() == "12 images of 2 classes: 0 a, 1 b (by dataset.json)"
+            for names in (["a"], "ab", [1, 2]):
+                (root / "numbered" / name).write_text(json.dumps({**labels, "class_names": names}))
+                refused(lambda: data.open_dataset(root / "numbered", 8), "class_names")
+            (root / "numbered" / name).unlink()
+
+
+def test_the_names_of_classes_are_kept():
+    """From folders through a prepared zip or latents and a checkpoint to samples and captions."""
+    drawn = []
+    text = data.ImageDraw.ImageDraw.text
+
+    def watched(pen, at, words, *args, **options):
+        drawn.append(words)
+        return text(pen, at, words, *args, **options)
+
+    with folder() as root, preset("tiny", **LATENT_PRESET):
+        class_folders(root / "pics", ["flower", "china", "Zürich 東"])
+        names = ["Zürich 東", "china", "flower"]
+        succeeds(data, "prepare", root / "pics", root / "a.zip", "--size", 16, "--workers", 0)
+        with zipfile.ZipFile(root / "a.zip") as archive:
+            listed = json.loads(archive.read("dataset.json"))
+        assert listed["class_names"] == names and dict(listed["labels"]), "and EDM's own form"
+        vae = vae_file(root / "v.safetensors")
+        cache(root / "a.zip", root / "z", "--vae", vae, "--size", 16)
+        run = ("--preset", "tiny", "--data", root / "z", "--vae", vae, "--kimg", 0.004)
+        for k, flags in enumerate(
+            [
+                (*TINY, "--data", root / "pics", "--sampling-steps", 1, "--kimg", 0.008),
+                (*TINY, "--data", root / "a.zip", "--sampling-steps", 1, "--kimg", 0.008),
+                run,
+            ]
+        ):
+            with patch.object(data.ImageDraw.ImageDraw, "text", watched):
+                holds(succeeds(train, *flags, "--out", root / str(k)), ["3 classes", *names])
+            captions = [words for words in drawn if words[:2] in ("Zü", "ch", "fl")]
+            assert captions == ["Zürich ?", "china", "flower"], "one row of them, in their order"
+            drawn.clear()
+            model, cfg = load_model(root / str(k))
+            assert model.class_names == names and cfg.num_classes == 3
+            made = ("--ckpt", root / str(k), "--num-images", 4, "--sampling-steps", 1)
+            made += ("--classes", "flower,0", "--out", root / f"{k}.png")
+            with patch.object(data.ImageDraw.ImageDraw, "text", watched):
+                succeeds(sample, *made)
+            assert drawn == ["flower", "Zürich ?"]
+            drawn.clear()
+
+
+def test_captions_stand_above_rows_that_differ():
+    images = np.zeros((4, 64, 64, 3), np.uint8)
+    plain = np.asarray(data.image_grid(images, 2))
+    once = np.asarray(data.image_grid(images, 2, ["a", "b", "a", "b"]))
+    twice = np.asarray(data.image_grid(images, 2, ["a", "b", "c", "d" * 99]))
+    assert len(once) == len(plain) + CAPTION and len(twice) == len(plain) + 2 * CAPTION
+    assert np.array_equal(once[-132:], plain[-132:]), "no caption above the second row"
+    assert once[2 : 2 + CAPTION].min() < 100 and (once[2 : 2 + CAPTION, 68:].min() < 100)
+    assert (twice[2 + 66 + CAPTION : 2 + 66 + 2 * CAPTION].min(2) < 200).any(1).sum() > 5
+
+
+def test_messages_are_one_line_of_plain_letters():
+    assert configs.printable("a\nb\x1b[2J\u2028é") == "a\\nb\\x1b[2J\\u2028é"
+    assert configs.printable("x" * 10_000) == "x" * 4000 + "..."
+    assert configs.short(10**5000) == "int of many digits" and len(configs.short("x" * 99)) == 63
+    with folder() as root:
+        for k in range(3):
+            (root / f"bad\n\x1b[31m{k}.png").write_bytes(b"broken")
+        code, said = command(data, "prepare", root, root.with_suffix(".zip"), "--size", 8)
+        assert code == 2 and said.count("\n") == 5 and "\x1b" not in said, said
+        holds(said, ["3 of 3 images", "bad\\n\\x1b[31m0.png, bad"])
+    with io.TextIOWrapper(io.BytesIO(), "ascii") as stdout, patch.object(sys, "stdout", stdout):
+        parser = configs.Parser(prog="x.py")
+        assert exit_code(lambda: configs.run_command(parser, lambda: print("é 東"))) == 0
+        assert stdout.buffer.getvalue() == b"\\xe9 \\u6771\n"
+
+
+def test_output_that_nobody_reads():
+    """python configs.py | head: no traceback."""
+    process = launch("configs", stdout=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(LONG) in (141, 0) and process.stderr.read() == ""
+
+
 def test_unreadable_images_are_named_skipped_and_counted():
     with folder() as root:
         pictures(root / "pics")
@@ -2902,6 +3026,17 @@ def test_renamed_flags_are_answered_by_their_new_names():
         ("--checkpoint-blocks", "--grad-checkpointing"),
     ]:
         complains(train, name, 3, words=[f"{name.split('=')[0]}; did you mean {new}?"])
+    for name, answer in [
+        ("--epochs", "--kimg X, the thousands of images"),
+        ("--resume", "the same command again resumes"),
+        ("--batch", "--batch-size N"),
+        ("--image-size=64", "--input-size N"),
+        ("--num_workers", "--workers N"),
+        ("--fp16", "--precision fp16"),
+    ]:
+        words = [f"unknown argument {name.split('=')[0]}; here it is", answer]
+        complains(train, name, 3, words=words)
+    complains(sample, "--ckpt", "x", "--num-samples", 3, words=["here it is --num-images N"])
     for name, new in [
         ("--cfg", "--cfg-scale"),
         ("--steps", "--sampling-steps"),
@@ -4122,6 +4257,136 @@ def full_disk(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_tensors_of_strange_kinds_are_refused():
+    """Where the file is read, before torch does anything with them; and numbers that are none."""
+    value = torch.randn(3, 4)
+    with folder() as root:
+        path = root / "x.pt"
+        for good in (value, value.T, value.T.contiguous().T, value[1:], nn.Parameter(value)):
+            torch.save({"w": good}, path)
+            assert torch.equal(data.weights_in(data.read_file(path), path)[0]["w"], good)
+        for bad in (
+            value.to_sparse(),
+            value.to_sparse_csr(),
+            value.to(torch.complex64),
+            value.to(torch.float8_e4m3fn),
+            value[:1].expand(3, 4),
+            value.flatten()[:4].as_strided((2, 2), (1, 1)),
+            torch.empty(3, 4, device="meta"),
+            torch.randn(3, dtype=torch.complex64).conj().imag,  # numbers with their sign turned
+        ):
+            torch.save({"model": {"deep": [{"w": bad}]}}, path)
+            refused(lambda: data.read_file(path), "x.pt", "expected plain ones")
+    with checkpoint() as (root, path):
+        state = torch.load(path, weights_only=True)
+        for part, name in [("ema", "blocks.0.mlp.fc1.bias"), ("model", "pos_embed")]:
+            value = state[part][name].clone()
+            state[part][name][..., -1] = math.nan
+            torch.save(state, path)
+            words = [str(path), "not finite", name]
+            if part == "ema":
+                complains(sample, "--ckpt", path, "--out", root / "x.png", words=words)
+            cfg = configs.config_from_dict(state["config"], path)
+            network = diffit.build(cfg)
+            refused(lambda: data.load_weights(network, state[part], path), *words)
+            state[part][name] = value
+
+
+def test_a_checkpoint_with_a_part_that_lies_is_refused():
+    with folder() as root:
+        good = tiny_run(root / "run", kimg=0.016)
+        last = root / "run/last.pt"
+        name = next(iter(good["optimizer"]["state"]))
+        moments = good["optimizer"]["state"][name]
+
+        def with_moments(**changes):
+            kept = {**good["optimizer"]["state"], name: {**moments, **changes}}
+            return {"optimizer": {**good["optimizer"], "state": kept}}
+
+        progress = good["progress"]
+        for change, words in [
+            ({"step": "two"}, ["lacks step"]),
+            ({"step": -1}, ["its step"]),
+            ({"optimizer": None}, ["lacks optimizer"]),
+            ({"config": {**good["config"], "depth": "1"}}, ["--depth 1 must be a whole number"]),
+            ({"config": {**good["config"], "lr": 0.5}}, ["another run", "lr is 0.5"]),
+            ({"config": {"depth": 1}}, ["last.pt"]),
+            ({"optimizer": {"state": 3}}, ["damaged", "optimizer"]),
+            (with_moments(exp_avg=torch.zeros(3)), ["optimizer's state", "does not fit"]),
+            (with_moments(exp_avg=moments["exp_avg"] * math.nan), ["not finite", "exp_avg"]),
+            ({"progress": {**progress, "columns": [{"t": torch.zeros(3)}]}}, ["progress"]),
+            ({"progress": {**progress, "unreadable": {3: "x"}}}, ["progress"]),
+            ({"model": {**good["model"], "pos_embed": 3}}, ["something else among its weights"]),
+        ]:
+            torch.save({**good, **change}, last)
+            shutil.copy(last, root / "run/previous.pt")
+            complains(train, *TINY, "--out", root / "run", "--kimg", 0.024, words=words)
+        torch.save(good, last)
+        assert tiny_run(root / "run", kimg=0.024)["step"] == 3
+
+
+def test_checkpoints_and_grids_are_due_by_time_too():
+    """A grid after two minutes and then every 15, a checkpoint at least every 15; the run is the
+    same."""
+    now = [0.0]
+    saved = []
+    drawn = []
+    step = train.Trainer.step
+    save_run = train.save_run
+    save_pictures = train.save_pictures
+
+    def slow_step(*args):
+        now[0] += 60
+        return step(*args)
+
+    def watched_save(cfg, out, trainer, progress, done, number_due):
+        saved.append(done)
+        save_run(cfg, out, trainer, progress, done, number_due)
+
+    def watched_pictures(*args):
+        drawn.append(args[-1])
+        save_pictures(*args)
+        return 30.0 if len(drawn) == 1 else 240.0  # the seconds that it took
+
+    with folder() as root:
+        whole = tiny_run(root / "whole", kimg=0.48)
+        with (
+            patch.object(time, "monotonic", lambda: now[0]),
+            patch.object(train.Trainer, "step", slow_step),
+            patch.object(train, "save_run", watched_save),
+            patch.object(train, "save_pictures", watched_pictures),
+        ):
+            slow = tiny_run(root / "slow", kimg=0.48)
+        assert drawn == [2, 17, 57, 60], "the second took four minutes: then after forty"
+        assert saved == [2, 17, 32, 47, 57, 60]
+        assert same_training(slow, whole)
+        assert (root / "slow/samples-000000.png").exists()
+
+
+def test_a_longer_cosine_says_that_its_rate_goes_up():
+    flags = ("--lr-decay", "cosine")
+    with folder() as root:
+        tiny_run(root / "run", *flags, kimg=0.08)
+        run = (*TINY, *flags, "--out", root / "run", "--kimg")
+        said = succeeds(train, *run, 0.16)
+        holds(said, ["goes back up from", "to 5.00e-04", "0.16 kimg", "0.08 before"])
+        assert "goes back up" not in succeeds(train, *run, 0.16)
+
+
+def test_steps_of_sampling_are_shown():
+    """While a batch is sampled, and while training makes its grid."""
+    with checkpoint() as (root, path), terminal(80) as screen:
+        flags = ("--ckpt", path, "--num-images", 6, "--batch", 3)
+        for k, where in enumerate([("--out", "a.png"), ("--npz", "a.npz"), ("--gif", "a.gif")]):
+            argv = ["sample.py", *map(str, flags), where[0], str(root / where[1])]
+            with patch.object(sys, "argv", argv), signals_restored():
+                sample.main()
+        shown = screen.getvalue()
+        holds(shown, ["0 of 6 images for a.png, step 1 of 3", "3 of 6 images for a.png, step 3 of"])
+        holds(shown, ["0 of 6 images, step 2 of 3", "6 images for a.gif, step 3 of 3"])
+        assert re.search(r"3 of 6 images, [\d.]+ images/s, step 1 of 3", shown), shown
 
 
 def test_a_failed_write_leaves_the_checkpoint_before_whole():
