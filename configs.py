@@ -638,6 +638,18 @@ def config_from_dict(values, path):
         raise UserError(f"the configuration in {path} is damaged: {error}") from None
 
 
+def number(kind):
+    """A type of argparse: an int, or a float."""
+
+    def convert(text):
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{short(text)} is not {TYPES[kind]}") from None
+
+    return convert
+
+
 def numbers(text):
     """'4,4,0.5' -> (4, 4, 0.5); whole numbers stay whole."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
@@ -653,10 +665,7 @@ def at_least(low, most=10**8):
     """A type of argparse: a whole number from `low` to `most`."""
 
     def whole_number(text):
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{short(text)} is not a whole number") from None
+        value = number(int)(text)
         if value < low:
             raise argparse.ArgumentTypeError(f"{value} must be {low} or more")
         if value > most:
@@ -750,7 +759,8 @@ def flag_options(field, default):
     if field.type is bool:
         return dict(options, action=argparse.BooleanOptionalAction)
     metavar = "{" + ",".join(choices) + "}" if choices else METAVARS[field.type]
-    return dict(options, type=numbers if field.type is tuple else field.type, metavar=metavar)
+    kinds = {str: str, int: number(int), float: number(float), tuple: numbers}
+    return dict(options, type=kinds[field.type], metavar=metavar)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -785,6 +795,11 @@ def run_command(parser, act, if_out_of_memory="", if_process_lost="", device="au
     except RuntimeError as error:
         if "DefaultCPUAllocator" in str(error):  # what torch raises on a CPU
             parser.error(f"out of memory; {if_out_of_memory}")
+        if "No working C++ compiler" in str(error):  # one of many types of torch's
+            parser.error(
+                "--compile needs a C++ compiler, and there is none; install g++ or clang++ (or name "
+                "yours in CXX), or leave the flag out"
+            )
         if "DataLoader worker" in str(error) and "Caught" not in str(error):
             parser.error(
                 f"a DataLoader worker died ({first_line(error)}); if memory was short, "

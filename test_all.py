@@ -2066,7 +2066,7 @@ def test_only_the_listed_formats_are_opened():
         close(all_images(found).mean((0, 1, 2)), [9, 99, 199], 0.02)
         assert found.summary() == "4 images; left out: 2 .txt, 1 .heic, 1 without a suffix"
     huge = encoded(Image.new("1", (2**14, 2**14)))  # a few kB, 800 MB of pixels
-    unreadable(huge, "16384 x 16384", "smaller")
+    unreadable(huge, "268435456 pixels")
 
 
 def test_classes_of_folders():
@@ -3118,6 +3118,7 @@ def test_mistakes_of_users_end_in_a_sentence():
         (torch.OutOfMemoryError("9 GiB"), 2, ["train.py: out of memory; take less"]),
         (RuntimeError("DefaultCPUAllocator: can't"), 2, ["train.py: out of memory; take less"]),
         (RuntimeError("DataLoader worker (pid 7) is killed"), 2, ["worker died", "--workers"]),
+        (RuntimeError("No working C++ compiler found"), 2, ["--compile needs a C++ compiler"]),
         (RuntimeError("[gloo] closed by peer"), 2, ["rank 0 lost the other", "start again"]),
         (KeyboardInterrupt(), 130, ["train.py: stopped"]),
     ]:
@@ -4483,6 +4484,29 @@ def test_image_i_follows_from_seed_and_i():
         assert most_different(at_once[[5, 2]], images([5, 2], 1)) <= 1, settings
         assert most_different(at_once[0], at_once[1]) > 1, settings
         assert most_different(at_once, images(range(6), 6, seed=6)) > 1, settings
+
+
+def test_the_python_of_the_readme():
+    """Its lines, as they stand there."""
+    text = (Path(__file__).parent / "README.md").read_text()
+    code = text.split("```python\nimport torch")[1].split("```")[0]
+    flags = ("--sampling-steps", 2)
+    with folder() as root, contextlib.chdir(root):
+        state = tiny_run("runs/shapes", *flags)
+        here = {}
+        with contextlib.redirect_stderr(io.StringIO()):
+            exec("import torch" + code, here)
+        assert Image.open("ten.png").size == (4 * 66 + 2, 3 * 66 + 2)
+        close(here["x"][..., :16], here["known"][..., :16], 0.3, "the left half")
+        assert (here["x"] - here["known"])[..., 16:].abs().mean() > 0.1, "the right one is new"
+        slim, _ = load_model("slim.pt")
+        assert torch.equal(slim.state_dict()["pos_embed"], state["ema"]["pos_embed"])
+        assert Path("slim.pt").stat().st_size < 0.4 * Path("runs/shapes/last.pt").stat().st_size
+        entries = []
+        cfg = dataclasses.replace(here["cfg"], kimg=0.096)
+        with contextlib.redirect_stderr(io.StringIO()):
+            train.train(cfg, data.Shapes(32), "runs/shapes", on_entry=entries.append)
+        assert [entry["step"] for entry in entries] == [12]
 
 
 def test_classes():
@@ -5961,6 +5985,10 @@ def run_in_processes(names, processes):
 def main():
     words = sys.argv[1:]
     tests = [n.removeprefix("test_") for n in globals() if n.startswith("test_")]
+    for word in words:
+        if not any(word in name for name in tests):
+            print(f"test_all.py: no test has {word!r} in its name", file=sys.stderr)
+            sys.exit(2)
     tests = [n for n in tests if not words or any(word in n for word in words)]
     on_cuda = [n for n in tests if n.startswith("cuda_")]
     rest = [n for n in tests if n not in on_cuda]
