@@ -88,6 +88,24 @@ UNETS = "unet ddpmpp"
 CONTINUOUS = "edm vp ve"
 
 
+def applies(field, model, process):
+    """Does a field of Config mean anything for this network and process?"""
+    only = field.metadata["only"]
+    return not only or model in only or process in only
+
+
+def out_of_range(number, metadata):
+    """What the number of a field must be, if it is not, or None."""
+    most = metadata["most"]
+    if metadata["positive"] and number <= 0:
+        return "above 0"
+    if number < 0 and not metadata["signed"]:
+        return "0 or more"
+    if not abs(number) <= most:  # NaN, too
+        return f"at most {most:d}" if isinstance(most, int) else f"at most {most:g}"
+    return f"{SMALLEST:g} or more" if number and abs(number) < SMALLEST else None
+
+
 TYPES = {
     str: "text",
     int: "a whole number",
@@ -129,7 +147,7 @@ class Config:
     )
     in_channels: int = option(3, "3 for pixels, 4 for latents", positive=True, most=2**14)
     num_classes: int = option(
-        0, "number of classes; 0: unconditional. Where not given, that of the data", most=2**20
+        0, "number of classes; 0: unconditional (by default mostly that of the data)", most=2**20
     )
     class_dropout_prob: float = option(0.1, "share of labels replaced by the null class (guidance)")
     learn_sigma: bool = option(False, "also predict the variance, in a second set of channels")
@@ -267,7 +285,11 @@ class Config:
     workers: int = option(2, "processes that read data, at most one for each core", most=1000)
     # Output
     tick_kimg: float = option(10.0, "thousands of images between log lines", positive=True)
-    sample_kimg: float = option(1000.0, "thousands of images between sample grids", positive=True)
+    sample_kimg: float = option(
+        1000.0,
+        "thousands of images between sample grids; they also come after 2 minutes, then every 15",
+        positive=True,
+    )
     save_kimg: float = option(
         1000.0,
         "thousands of images between numbered checkpoints; last.pt is saved then, at grids and "
@@ -305,23 +327,16 @@ class Config:
             return  # it is not used here, whatever its range
         if isinstance(value, str):
             return
-        most = field.metadata["most"]
-        positive = field.metadata["positive"]
         parts = value if isinstance(value, tuple) else (value,)
-        if positive and not parts:
+        if field.metadata["positive"] and not parts:
             raise UserError(f"{flag} is required for {here}; give a number for each resolution")
-        for number in parts:
-            if positive and number <= 0:
-                raise UserError(f"{flag} {value} must be above 0 for {here}")
-            if number < 0 and not field.metadata["signed"]:
-                raise UserError(f"{flag} {value} must be 0 or more")
-            if number and not SMALLEST <= abs(number) <= most:  # NaN, too, is outside
-                raise UserError(f"{flag} {short(value)} must be from {SMALLEST:g} to {most:.15g}")
+        for part in parts:
+            if wrong := out_of_range(part, field.metadata):
+                raise UserError(f"{flag} {short(value)} must be {wrong}")
 
     def applies(self, field):
         """Does the field mean anything for this network and process?"""
-        only = field.metadata["only"]
-        return not only or self.model in only or self.process in only
+        return applies(field, self.model, self.process)
 
     def network_options(self):
         """The arguments of the network: the fields of its group, by name, that apply to it."""
@@ -431,14 +446,14 @@ ELSEWHERE = {
     "epochs": LENGTH,
     "iterations": LENGTH,
     "max_steps": LENGTH,
-    "resume": ["--kimg X that makes a run longer: the same command again resumes"],
+    "resume": ["--out DIR of the run: the same command again resumes"],
     "train_steps": LENGTH,
     "num_train_epochs": LENGTH,
     "learning_rate": ["--lr X"],
     "batch": ["--batch-size N"],
     "num_workers": ["--workers N"],
-    "image_size": ["--input-size N", "--size N"],
-    "resolution": ["--input-size N", "--size N"],
+    "image_size": ["--input-size N (latents: pixels / 8)", "--size N"],
+    "resolution": ["--input-size N (latents: pixels / 8)", "--size N"],
     "dataset": ["--data PATH"],
     "data_path": ["--data PATH"],
     "data_dir": ["--data PATH"],
@@ -450,9 +465,9 @@ ELSEWHERE = {
     "bf16": ["--precision bf16"],
     "amp": ["--precision bf16"],
     "mixed_precision": ["--precision bf16"],
-    "ema": ["--ema-halflife-kimg X", "--no-ema for the weights without it"],
+    "ema": ["--ema-halflife-kimg X"],
     "cond": ["--num-classes N, by default the number in the data"],
-    "gpus": ["--device cuda; for several: torchrun --nproc_per_node=N train.py ..."],
+    "gpus": ["--device cuda; for several: torchrun --nproc_per_node=N SCRIPT.py ..."],
     "model_path": ["--ckpt FILE"],
     "checkpoint": ["--ckpt FILE", "--init-from FILE"],
     "network": ["--ckpt FILE"],
@@ -609,13 +624,12 @@ def config_from_preset(name, given):
     guidance without classes. UserError for an unknown preset or values that do not fit."""
     if name not in PRESETS:
         raise UserError(
-            f"unknown preset {name!r}{nearest(name, PRESETS)} (python configs.py lists them)"
+            f"unknown preset {short(name)}{nearest(name, PRESETS)} (python configs.py lists them)"
         )
     values = {**dataclasses.asdict(PRESETS[name]), **given}
     for field in dataclasses.fields(Config):
-        only = field.metadata["only"]
-        meaningless = only and values["model"] not in only and values["process"] not in only
-        if meaningless and field.name not in given:
+        used = applies(field, values["model"], values["process"])
+        if not used and field.name not in given:
             values[field.name] = field.default
     if not values["num_classes"] and "cfg_scale" not in given:
         values["cfg_scale"] = 1.0
@@ -635,7 +649,7 @@ def config_from_dict(values, path):
     try:
         return Config(**values)
     except UserError as error:
-        raise UserError(f"the configuration in {path} is damaged: {error}") from None
+        raise UserError(f"the configuration in {path} does not fit this version: {error}") from None
 
 
 def number(kind):
@@ -755,7 +769,9 @@ def flag_options(field, default):
     """How argparse reads a field of Config, and what --help says of it."""
     choices = field.metadata["choices"]
     options = dict(default=argparse.SUPPRESS)
-    options["help"] = f"{field.metadata['help']} (default: {default})".replace("%", "%%")
+    text = field.metadata["help"]
+    text += "" if "default" in text else f" (default: {default})"
+    options["help"] = text.replace("%", "%%")
     if field.type is bool:
         return dict(options, action=argparse.BooleanOptionalAction)
     metavar = "{" + ",".join(choices) + "}" if choices else METAVARS[field.type]
@@ -790,10 +806,8 @@ def run_command(parser, act, if_out_of_memory="", if_process_lost="", device="au
         if getattr(error, "shared", False) and rank_and_size()[0]:
             sys.exit(2)  # rank 0 prints it for all
         parser.error(str(error))
-    except (torch.OutOfMemoryError, MemoryError):
-        parser.error(f"out of memory; {if_out_of_memory}")
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" in str(error):  # what torch raises on a CPU
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
             parser.error(f"out of memory; {if_out_of_memory}")
         if "No working C++ compiler" in str(error):  # one of many types of torch's
             parser.error(
@@ -818,8 +832,16 @@ def run_command(parser, act, if_out_of_memory="", if_process_lost="", device="au
         sys.exit(128 + stopped)
 
 
+def is_out_of_memory(error):
+    """Python's, torch's on a GPU, and torch's on a CPU, which is a RuntimeError like others."""
+    kinds = MemoryError, torch.OutOfMemoryError
+    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
+
+
 # Signals that ask a process to end: Ctrl-C, a scheduler's time limit, a terminal that was closed.
-ENDING = [signal.SIGINT, signal.SIGTERM] + [getattr(signal, "SIGHUP", signal.SIGTERM)]
+ENDING = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGHUP"):  # not on Windows
+    ENDING.append(signal.SIGHUP)
 
 
 def end_on_signals():
@@ -860,8 +882,8 @@ def end_with_parent():
 
 @atexit.register
 def end_workers():
-    """Before the interpreter ends: it would ask the workers to, and wait for ever. In time of need
-    (after an exception) they may be in the middle of something that nobody will take from them."""
+    """Kill the daemonic children before the interpreter ends: it would ask them to end, which
+    workers ignore, and wait for ever. Only an exception leaves any behind."""
     workers = [child for child in multiprocessing.active_children() if child.daemon]
     if workers and hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each
@@ -928,7 +950,9 @@ def join_processes():
         return
     device = default_device()
     if device.type == "mps":
-        raise UserError("several processes cannot share the Apple GPU; pass --device cpu, or one")
+        raise UserError(
+            "several processes cannot share the Apple GPU; start one, or pass --device cpu"
+        )
     if device.type == "cuda":
         if device.index >= torch.cuda.device_count():
             raise UserError(
@@ -1048,6 +1072,8 @@ def lock(folder):
 
 
 LOCK = ".lock"
+# What may lie in a folder that is still to be begun; the others are of a first start that was killed.
+UNSEEN = {LOCK, ".config.json.tmp", ".settings.json.tmp", ".latents.json.tmp"}
 
 
 def lockstep(batches, device):
@@ -1077,7 +1103,8 @@ def arithmetic(precision, device):
         return "bf16" if fast_bf16(device) else "fp32"
     if precision == "tf32" and device.type != "cuda":
         raise UserError(
-            "--precision tf32 is a mode of NVIDIA GPUs, and there is none here; choose bf16 or fp32"
+            f"--precision tf32 is a mode of NVIDIA GPUs, and this run is on {device.type}; choose "
+            f"bf16 or fp32"
         )
     return precision
 
@@ -1220,8 +1247,8 @@ def short(value):
 def repr_or_type(value):
     try:
         return repr(value)
-    except ValueError:  # a number of more than 4,300 digits
-        return f"{type(value).__name__} of many digits"
+    except (ValueError, RecursionError):  # more than 4,300 digits, or lists in lists
+        return f"{type(value).__name__} of great length"
 
 
 def first_line(error):
@@ -1239,6 +1266,19 @@ def atomic_write(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """A small file, whole and on the disk, unless it holds this text already."""
+    if path.exists() and path.read_bytes() == text.encode():
+        return
+    try:
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(f"{path} could not be written ({first_line(error)})") from None
 
 
 # -------------------------------------------------------------------------------------------------

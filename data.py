@@ -14,6 +14,7 @@ import argparse
 import collections
 import colorsys
 import contextlib
+import errno
 import gzip
 import hashlib
 import io
@@ -37,7 +38,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from configs import (
-    LOCK,
+    UNSEEN,
     Parser,
     UserError,
     add_device,
@@ -47,6 +48,7 @@ from configs import (
     default_device,
     exclusive,
     first_line,
+    is_out_of_memory,
     live_line,
     lockstep,
     on_rank_0,
@@ -56,6 +58,7 @@ from configs import (
     short,
     start_worker,
     worker_count,
+    write_text,
 )
 
 # The formats that are read, whatever a file's name says. (Pillow knows many more, and starts
@@ -80,10 +83,12 @@ def parsing(path, kind, error_class=UserError):
     of a file that is missing or closed to us stays what it is."""
     try:
         yield
-    except (UserError, MemoryError):
+    except UserError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.filename:
+        # Libraries' own OSErrors have no number; a place before the beginning has one.
+        system = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+        if system or is_out_of_memory(error):
             raise
         why = first_line(error).split(" <_io")[0]  # without the address of a file object
         raise error_class(f"{path} is damaged or not {kind} ({why})") from error
@@ -128,11 +133,11 @@ def decode(file):
 def center_crop(image, size):
     """ADM's crop: halve with a box filter while the short side is at least 2 * size, resize with a
     bicubic filter, cut the middle. PIL image -> uint8 (size, size, 3)."""
-    short = min(image.size)
-    if short < size and max(image.size) > 8 * short:
+    side = min(image.size)  # the shorter one
+    if side < size and max(image.size) > 8 * side:
         # A strip of 1 x 10000 at size 256 would become 256 x 2,560,000, of which a square is kept.
         # The middle 8 squares hold everything that the filter could reach from that one.
-        image = middle(image, min(image.width, 8 * short), min(image.height, 8 * short))
+        image = middle(image, min(image.width, 8 * side), min(image.height, 8 * side))
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -185,7 +190,7 @@ def safetensors_layout(path):
         if tensor is None:
             raise UserError(
                 f"{path} is damaged or not a safetensors file: with {size - start} bytes of "
-                f"tensors, it describes {name[:60]!r} as {str(entry)[:120]}"
+                f"tensors, it describes {short(name)} as {short(entry)}"
             )
         dtype, shape, begin, end = tensor
         layout[name] = dtype, shape, start + begin
@@ -232,7 +237,12 @@ def read_safetensors(path):
     return tensors
 
 
-def read_file(path, mapped=True):
+def last_in(path):
+    """The path of a checkpoint; of a run's folder, its last.pt."""
+    return os.path.join(path, "last.pt") if os.path.isdir(path) else path
+
+
+def read_file(path):
     """A file of weights, or a checkpoint with more in it -> a dict, its tensors memory-mapped if
     they can be. Safetensors, or written by torch.save; of the latter only tensors and plain values
     are ever unpickled. UserError if it is missing, damaged or something else."""
@@ -244,29 +254,26 @@ def read_file(path, mapped=True):
         raise UserError(f"{path} is empty; fetch or make it again")
     if head[8:] == b"{" or str(path).endswith(".safetensors"):
         return read_safetensors(path)
-    content = read_torch_file(path, head.startswith(b"PK"), mapped)
+    content = read_torch_file(path, zipped=head.startswith(b"PK"))
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not weights by name")
     check_tensors(content, path)
     return content
 
 
-def read_torch_file(path, zipped, mapped):
+def read_torch_file(path, zipped):
     """The object that torch.save wrote. Since torch 1.6 that is a zip archive of uncompressed
     tensors, which can be memory-mapped."""
     if zipped:
-        with parsing(path, "a whole file of torch.save"):  # without its end it has no list of parts
-            archive = zipfile.ZipFile(path)
-        with archive:
+        # Cut short, it has no list of its parts.
+        with open_zip(path, "a whole file of torch.save") as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise UserError(f"{path} is compressed, which torch.save never does")
     # argparse.Namespace: the flags, in checkpoints of DiT's own training
     with torch.serialization.safe_globals([argparse.Namespace]):
         with parsing(path, "a file of weights"):
             try:
-                return torch.load(
-                    path, map_location="cpu", weights_only=True, mmap=zipped and mapped
-                )
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
             except pickle.UnpicklingError:  # torch goes on to advise trusting the file
                 why = "it holds more than tensors and plain values, or none"
                 raise ValueError(why) from None
@@ -289,8 +296,9 @@ def check_tensors(content, path):
             parts += part
         elif isinstance(part, torch.Tensor) and not is_ordinary(part):
             raise UserError(
-                f"{path} holds a {part.layout} tensor of {part.dtype} {tuple(part.shape)}, which "
-                f"is sparse, quantised, complex or overlaps itself; expected plain ones"
+                f"{path} holds a tensor of a kind that is not read here ({part.layout}, "
+                f"{part.dtype}, {tuple(part.shape)}): sparse, quantised, complex, of another "
+                f"unknown type, or overlapping itself"
             )
 
 
@@ -299,9 +307,13 @@ def is_ordinary(tensor):
         return False
     if tensor.dtype not in DTYPES.values() or tensor.is_neg():
         return False
-    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    inside = tensor.nbytes <= tensor.untyped_storage().nbytes()
-    return inside and tensor.permute(order).is_contiguous()
+    # From the closest elements to the farthest: each dimension steps over the whole one before.
+    extent = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size > 1 and stride < extent:
+            return False
+        extent = max(extent, stride * size)
+    return tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def open_zip(path, kind="a zip archive"):
@@ -414,10 +426,10 @@ PARTS = {
 }
 
 
-def read_checkpoint(path, mapped=True):
+def read_checkpoint(path):
     """A checkpoint of train.py that a run can resume from: a dict of tensors and plain values.
     UserError if the file is missing, damaged or something else."""
-    state = read_file(path, mapped)
+    state = read_file(path)
     if state.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of train.py (expected the format {FORMAT!r})")
     state.setdefault("dataset", None)  # earlier versions had none
@@ -673,6 +685,10 @@ class ImageDataset:
             image = image[:, ::-1]
         return torch.from_numpy(image.transpose(2, 0, 1).copy())
 
+    def blank(self):
+        """What stands in for an example where none can be read."""
+        return torch.zeros(3, self.size, self.size, dtype=torch.uint8)
+
     def content(self):
         """Anything, beside number, labels and classes, in which another data set would differ."""
 
@@ -741,7 +757,7 @@ class Shapes(ImageDataset):
         self.size = size
         self.n = n
         self.seed = seed
-        self.labels = np.arange(n) % len(self.class_names)
+        self.labels = np.arange(n, dtype=np.int64) % len(self.class_names)
 
     def __len__(self):
         return self.n
@@ -798,7 +814,8 @@ class ImageFiles(ImageDataset):
         self.names = sorted(n for n in found if suffix(n) in EXTENSIONS)
         others = found.difference(self.names, described)
         others = collections.Counter(sorted(suffix(n) or "without a suffix" for n in others))
-        self.left_out = ", ".join(f"{count} {end}" for end, count in others.most_common(5))
+        others = [f"{count} {short(end)}" for end, count in others.most_common()]
+        self.left_out = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
         if not self.names:
             raise UserError(
                 f"{path} holds no images ({', '.join(EXTENSIONS)})"
@@ -865,9 +882,9 @@ class ImageFiles(ImageDataset):
 
     def labels_from_folders(self):
         # What the first and the last of the sorted names share, all share. The classes are the
-        # folders in the last folder that all share; if that holds images itself, it is the class.
+        # folders in the last folder that all share; if that holds them itself, it is the class.
         common = os.path.commonprefix([self.names[0], self.names[-1]]).rpartition("/")[0]
-        if any(posixpath.dirname(name) == common for name in self.names):
+        if all(posixpath.dirname(name) == common for name in self.names):
             common = posixpath.dirname(common)
         self.root = common and common + "/"
         parts = [name[len(self.root) :].split("/") for name in self.names]
@@ -875,12 +892,15 @@ class ImageFiles(ImageDataset):
         class_names = sorted(set(folders) - {None})
         if not class_names:
             return
-        if all(name.isascii() and name.isdigit() for name in class_names):
-            class_names.sort(key=int)  # 2 before 10
+        if all_numbers(class_names):
+            # As numbers, of which a name may be a very long one: 2 before 10.
+            class_names.sort(key=lambda name: (len(name.lstrip("0")), name.lstrip("0"), name))
         if len(class_names) > 1 and SPLITS.issuperset(name.lower() for name in class_names):
             raise UserError(
                 f"{self.path} has the folders {' and '.join(class_names)}, which are parts of a "
-                f"data set and not classes; give one of them: {self.path / self.root / class_names[0]}"
+                f"data set and not classes; "
+                + ("unpack it, and " if self.is_zip else "")
+                + f"give one of them: {self.path / self.root / class_names[0]}"
             )
         if None in folders:
             raise UserError(
@@ -958,6 +978,10 @@ def suffix(name):
     return posixpath.splitext(name)[1].lower()
 
 
+def all_numbers(names):
+    return all(name.isascii() and name.isdigit() for name in names)
+
+
 def is_names(value):
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
@@ -1032,6 +1056,8 @@ def read_npz(path, size=None):
         whole = labels.shape == (n,) and labels.dtype.kind in "iu"
         if not whole or labels.min() < 0 or labels.max() >= MOST_CLASSES:
             kind = f"{labels.dtype} {labels.shape}"
+            if whole:
+                kind = f"from {labels.min()} to {labels.max()}"
             raise UserError(f"arr_1 in {path} is {kind}, not class numbers of the {n} images")
         labels = labels.astype(np.int64)
     return ImageArray(images, labels, size, labels_from="arr_1")
@@ -1110,7 +1136,8 @@ def read_cifar(path, size=None):
         with tarfile.open(fileobj=unpacked, mode="r:") as tar:
             for member in tar:
                 name = posixpath.basename(member.name)
-                if member.isfile() and name.endswith((".bin", ".txt")) and "test" not in name:
+                plain = member.isfile() and not member.issparse()  # which may grow without limit
+                if plain and name.endswith((".bin", ".txt")) and "test" not in name:
                     contents[name] = tar.extractfile(member).read()
     batches = sorted(name for name in contents if name.startswith("data_batch_"))
     if batches:
@@ -1157,7 +1184,7 @@ class Latents:
         self.moments = load_array(self.path / "moments.npy", mapped=True)
         state = load_array(self.path / "state.npy")
         labels = load_array(self.path / "labels.npy")
-        n = len(state)
+        n = state.size
         like = self.moments.shape[:3] == (n, 2, 2) and self.moments.dtype == np.float16
         like = like and self.moments.ndim == 6 and self.moments.shape[4] == self.moments.shape[5]
         like = like and labels.shape == state.shape == (n,) and labels.dtype == np.int64
@@ -1171,7 +1198,7 @@ class Latents:
                 f"data.py latents command again"
             )
         if self.header["scale"] != VAE.scale:
-            raise UserError(f"{path} has the scale {self.header['scale']}, not {VAE.scale}")
+            raise UserError(f"{path} has the scale {short(self.header['scale'])}, not {VAE.scale}")
         if size not in (None, self.size):
             raise UserError(
                 f"{path} holds latents of {self.size} x {self.size}, and this network takes {size} "
@@ -1192,6 +1219,9 @@ class Latents:
 
     def name(self, i):
         return f"latent {self.kept[i]}"
+
+    def blank(self):
+        return torch.zeros(self.channels, self.size, self.size)
 
     def fingerprint(self) -> str:
         """16 hex digits of what the latents were made of."""
@@ -1280,9 +1310,7 @@ class ShuffledStream(torch.utils.data.Dataset):
                 return self.dataset.example(i, mirrored, rng), self.label(i), unreadable
             except (UnreadableImage, OSError) as error:
                 unreadable.append((self.dataset.name(i), first_line(error)))
-        # The list alone is enough to stop the run, so any tensor of the right shape will do.
-        size = self.dataset.size
-        return torch.zeros(3, size, size, dtype=torch.uint8), self.label(i), unreadable
+        return self.dataset.blank(), self.label(i), unreadable  # the list ends the run
 
     def label(self, i):
         return -1 if self.dataset.labels is None else int(self.dataset.labels[i])
@@ -1308,7 +1336,7 @@ def loader(dataset, batches, workers, pin_memory=False):
 
 def collate(items):
     examples, labels, unreadable = zip(*items)
-    return torch.stack(examples).numpy(), np.array(labels), sum(unreadable, [])
+    return torch.stack(examples).numpy(), np.array(labels, np.int64), sum(unreadable, [])
 
 
 class IndexedImages(torch.utils.data.Dataset):
@@ -1370,8 +1398,8 @@ class UnreadableImages:
             listed = [f"{', '.join(names)}: {why}" for why, names in names_by_reason.items()]
             more = "; ..." if len(self.found) > 100 else ""
             raise UserError(
-                f"{len(self.found)} of {self.total} images cannot be read, more than 1 %: "
-                f"{'; '.join(listed)}{more}"
+                f"{len(self.found)} of {self.total} images cannot be read, more than 1 %; repair "
+                f"or replace them: {'; '.join(listed)}{more}"
             )
 
 
@@ -1546,13 +1574,15 @@ def image_grid(images, columns=None, captions=None):
     for row, text, shown in zip(rows, texts, captioned):
         for k, caption in enumerate(text if shown else []):
             # The font has no other letters; what is too long is cut.
-            caption = caption.encode("latin-1", "replace").decode("latin-1")
+            caption = short(caption).encode("latin-1", "replace").decode("latin-1")
             while caption and pen.textlength(caption, font) > step_x:
                 caption = caption[:-1]
             pen.text((gap + k * step_x, top), caption, "black", font)
         top += line * shown
         for k, i in enumerate(row):
-            image = Image.fromarray(images[i]).resize((zoom * width, zoom * height), 0)  # nearest
+            image = Image.fromarray(images[i]).resize(
+                (zoom * width, zoom * height), Image.Resampling.NEAREST
+            )
             sheet.paste(image, (gap + k * step_x, top))
         top += step_y
     return sheet
@@ -1688,20 +1718,20 @@ def check_folder(dest, header):
             )
     elif dest.exists():
         # A run that was stopped right at its start has left some of these.
-        ours = {LOCK, "moments.npy", "labels.npy", "state.npy", ".latents.json.tmp"}
+        ours = {*UNSEEN, "moments.npy", "labels.npy", "state.npy"}
         if not dest.is_dir() or {path.name for path in dest.iterdir()} - ours:
             raise UserError(f"{dest} exists and holds no latents; remove it or choose another name")
 
 
 def start_or_resume(dest, header, shape, labels):
     """Make the files, of which the header is the last, unless they are there -> are all done?"""
+    check_folder(dest, header)  # now that no other process can change it
     if is_latents(dest):
         return bool(load_array(dest / "state.npy").all())
     allocate(dest / "moments.npy", shape, np.float16)
-    np.save(dest / "labels.npy", np.full(shape[0], -1) if labels is None else labels)
+    np.save(dest / "labels.npy", np.full(shape[0], -1, np.int64) if labels is None else labels)
     np.save(dest / "state.npy", np.full(shape[0], TO_DO, np.uint8))
-    with atomic_write(dest / "latents.json") as temporary:
-        temporary.write_text(json.dumps(header, indent=1))
+    write_text(dest / "latents.json", json.dumps(header, indent=1))
     return False
 
 
@@ -1715,8 +1745,10 @@ def allocate(path, shape, dtype):
             with open(path, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
-            size = f"{size / 1e9:.3g} GB"
-            raise UserError(f"no room for {size} of latents ({error.strerror})") from None
+            if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):
+                return  # a file system that cannot promise it
+            why = f"no room for {size / 1e9:.3g} GB of latents ({error.strerror})"
+            raise UserError(why) from None
 
 
 def make_latents(folder, dataset, vae, batch, workers, precision):
@@ -1800,11 +1832,12 @@ def main():
     command.add_argument("--bf16", action="store_true", help="encode in bf16 instead of fp32")
     add_device(command)
     options = vars(parser.parse_args())
-    act = {"prepare": prepare, "latents": cache_latents}[options.pop("command")]
     device = options.pop("device", "cpu")
-    run_command(
-        parser, lambda: act(**options), "pass a smaller --batch", "the same command resumes", device
-    )
+    if options.pop("command") == "prepare":
+        run_command(parser, lambda: prepare(**options), "pass fewer --workers")
+    else:
+        advice = "pass a smaller --batch", "the same command resumes"
+        run_command(parser, lambda: cache_latents(**options), *advice, device)
 
 
 def common_flags(command):

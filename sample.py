@@ -48,8 +48,7 @@ def load_model(
     where there are some; without, those of the optimizer. On a CPU the file itself, memory-mapped,
     is the only copy. path may be the folder of a run, for its last.pt. The classes' names, as far
     as the file knows them, are in model.class_names. UserError if the file is something else."""
-    if os.path.isdir(path):
-        path = os.path.join(path, "last.pt")
+    path = data.last_in(path)
     content = data.read_file(path)
     weights, kind = data.weights_in(content, path, ema)
     if "post_quant_conv.weight" in weights:
@@ -238,14 +237,13 @@ def captions_of(model, indices, cfg, classes=None, seed=0):
 
 
 def show_steps(before, cfg):
-    """A function to watch a sampler with: it shows each step behind this text, on rank 0."""
+    """A function to watch one call of a sampler with: on rank 0 it shows each step behind a text."""
     if rank_and_size()[0]:
-        return None
-    steps = itertools.count()
+        return lambda level, x: None
+    steps = itertools.count(1)
 
     def watch(level, x):
-        step = next(steps) % cfg.sampling_steps + 1
-        configs.live_line(f"{before}, step {step} of {cfg.sampling_steps}")
+        configs.live_line(f"{before}, step {next(steps)} of {cfg.sampling_steps}")
 
     return watch
 
@@ -304,7 +302,7 @@ def check_images_folder(folder, settings):
         if not isinstance(theirs, dict):
             raise UserError(f"{note} is damaged; pass --dir with a new or empty folder")
         differ = "; ".join(
-            f"{name} is {configs.short(theirs.get(name))} there and {value} here"
+            f"{name} is {configs.short(theirs.get(name))} there and {configs.short(value)} here"
             for name, value in settings.items()
             if value != theirs.get(name)
         )
@@ -314,7 +312,7 @@ def check_images_folder(folder, settings):
                 f"empty folder"
             )
     elif folder.exists() and (
-        not folder.is_dir() or {file.name for file in folder.iterdir()} - {configs.LOCK}
+        not folder.is_dir() or {file.name for file in folder.iterdir()} - configs.UNSEEN
     ):
         raise UserError(
             f"{folder} exists and is not a folder of images of sample.py; pass --dir with a new or "
@@ -324,8 +322,7 @@ def check_images_folder(folder, settings):
 
 def write_settings(folder, settings):
     check_images_folder(folder, settings)  # now that no other process can change it
-    with configs.atomic_write(folder / SETTINGS) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1))
+    configs.write_text(folder / SETTINGS, json.dumps(settings, indent=1))
 
 
 def missing_images(folder, n):
@@ -826,7 +823,7 @@ def read_reference(path):
         advice = f"; make one of its images with --reference {path}" if has_images else ""
         raise UserError(
             f"{path} is not a reference for --score: it has no mu and sigma (it has "
-            f"{', '.join([*arrays][:10])}){advice}"
+            f"{', '.join(map(configs.short, [*arrays][:10]))}){advice}"
         )
     return reference_statistics(path, arrays), reference_header(path, arrays), has_images
 
@@ -972,7 +969,7 @@ class Scorer:
         device = self.inception.fc.weight.device
         try:
             scores = {"fid": frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])}
-            if "mu_s" in real:
+            if {"mu_s", "sigma_s"} <= real.keys():
                 gaussians = real["mu_s"], real["sigma_s"], fake["mu_s"], fake["sigma_s"]
                 scores["sfid"] = frechet_distance(*gaussians)
         except torch.linalg.LinAlgError as error:
@@ -984,7 +981,7 @@ class Scorer:
             features = fake["features"].to(device)
             scores["is"] = inception_score(self.inception.logits(features).cpu())
             if "features" in real:
-                precision, recall = precision_recall(real["features"].to(device), features)
+                precision, recall = precision_recall(real["features"].float().to(device), features)
                 scores["precision"] = precision
                 scores["recall"] = recall
         return scores
@@ -1081,8 +1078,8 @@ def parse_classes(text, cfg, names=()):
         )
     if text == "all":
         return list(range(cfg.num_classes))
-    number = {str(k): k for k in range(cfg.num_classes)}
-    number |= {name: k for k, name in enumerate(names[: cfg.num_classes])}
+    number = {name: k for k, name in enumerate(names[: cfg.num_classes])}
+    number |= {str(k): k for k in range(cfg.num_classes)}  # before names that are numbers, too
     classes = [part.strip() for part in text.split(",")]
     for name in classes:
         if name not in number:
@@ -1159,7 +1156,9 @@ def generate_command(args):
     model, cfg = load_model(args.ckpt, args.preset, not args.no_ema)
     cfg = with_flags(cfg, args)
     vae = open_vae(cfg)
-    classes = parse_classes(args.classes, cfg, model.class_names) if args.classes else None
+    classes = (
+        parse_classes(args.classes, cfg, model.class_names) if args.classes is not None else None
+    )
     if args.score == "shapes" and cfg.num_classes != 10:
         raise UserError(
             f"--score shapes needs a network with the ten classes of shapes; {args.ckpt} has "
@@ -1198,7 +1197,7 @@ def many_images(args, model, cfg, vae, classes):
     weights_hash, vae_hash = hashes
     settings = {name: getattr(cfg, name) for name in SAMPLING if name != "vae"}
     settings |= {"weights": weights_hash, "ema": not args.no_ema, "vae_weights": vae_hash}
-    settings |= {"seed": args.seed, "classes": classes or class_order(cfg, args.seed)}
+    settings |= {"seed": args.seed, "classes": classes or class_order(cfg, args.seed) or None}
     settings["precision"] = configs.arithmetic(cfg.precision, configs.default_device())
     configs.on_rank_0(lambda: check_images_folder(folder, settings))
     with configs.exclusive(folder):  # nothing is written before this line
@@ -1376,7 +1375,7 @@ def generate_main():
     group.add_argument("--batch", type=at_least(1), default=64, help="images at a time")
     group = parser.add_argument_group(
         "output",
-        "Without any of these, a grid in samples.png. With --dir, --npz or --score the images stay "
+        "Without any of these, a grid in samples.png, or the next of samples-2.png, ... With --dir, --npz or --score the images stay "
         "as PNGs in a folder, and the same command resumes with those that are missing.",
     )
     group.add_argument("--out", metavar="PNG", help=f"a grid of the first {GRID}")

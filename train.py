@@ -184,7 +184,7 @@ class Trainer:
 
     def prepare_blocks(self):
         blocks = [part for part in self.model.modules() if isinstance(part, diffit.Block)]
-        if not blocks:
+        if not blocks and (self.cfg.compile or self.cfg.grad_checkpointing):
             raise RuntimeError("this network has no diffit.Block to compile or to recompute")
         for block in blocks:
             if self.cfg.grad_checkpointing:
@@ -362,9 +362,27 @@ def load_checkpoint(path: Path, cfg: Config, trainer: Trainer, progress: "Progre
     """Put a run of the same Config back where save_checkpoint left it -> the step to resume with.
     UserError if the file is damaged or not ours, or belongs to a run that differs in more than
     MAY_CHANGE."""
-    state = data.read_checkpoint(path, mapped=False)  # Windows does not replace what is mapped
+    state = data.read_checkpoint(path)
     before = configs.config_from_dict(state["config"], path)
     refuse_another_run(before, state["dataset"], cfg, progress.about["dataset"], path)
+    step = state["step"]
+    try:
+        restore(trainer, state, path)
+        progress.load(state["progress"], step, path, 1 + len(trainer.part_names))
+    except UserError as error:
+        raise UserError(
+            f"{error}; remove it, and the same command resumes from the one before"
+        ) from None
+    describe_new_rate(before, cfg, step)
+    return step
+
+
+def restore(trainer, state, path):
+    """Load the parts of the checkpoint at this path. UserError if one of them does not fit."""
+    if trainer.device.type == "cpu":
+        # These would go on using the file's own memory, and Windows does not replace a mapped file.
+        with data.parsing(path, "a whole checkpoint"):
+            state |= copy.deepcopy({name: state[name] for name in ("optimizer", "progress")})
     for name, part in trainer.state().items():
         if isinstance(part, nn.Module):
             data.load_weights(part, state[name], path)
@@ -374,22 +392,25 @@ def load_checkpoint(path: Path, cfg: Config, trainer: Trainer, progress: "Progre
                 settings = part.state_dict()["param_groups"]
                 part.load_state_dict({"state": state[name]["state"], "param_groups": settings})
             elif state[name]:  # {}: the part was not in use
-                part.load_state_dict(state[name])
+                part.load_state_dict({key: plain(value) for key, value in state[name].items()})
     check_moments(trainer, path)
-    step = state["step"]
-    progress.load(state["progress"], step, path)
-    describe_new_rate(before, cfg, step)
-    return step
+
+
+def plain(value):
+    """A tensor or a number; TypeError for anything else."""
+    if not isinstance(value, (torch.Tensor, int, float)):
+        raise TypeError(f"expected a number or a tensor, found {configs.short(value)}")
+    return value
 
 
 def check_moments(trainer, path):
-    """UserError unless the optimizer has what AdamW keeps: nothing yet, or for each parameter the
+    """UserError unless the optimizer has what AdamW keeps of each parameter: nothing yet, or the
     number of its steps and two moments of its shape."""
     for name, p in trainer.model.named_parameters():
         kept = trainer.optimizer.state[p]
         named = kept.items() if isinstance(kept, dict) else [("nothing", kept)]
         shapes = {key: getattr(value, "shape", None) for key, value in named}
-        if kept and shapes != {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}:
+        if kept != {} and shapes != {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}:
             raise UserError(f"{path} is damaged: the optimizer's state of {name} does not fit it")
         data.check_finite({f"the optimizer's {key} of {name}": t for key, t in kept.items()}, path)
 
@@ -476,8 +497,8 @@ def refuse_another_run(theirs, their_data, cfg, our_data, path):
         differ.append(f"{cfg.data} does not hold the same data as {theirs.data} did")
     if differ:
         raise UserError(
-            f"{path} belongs to another run: {', '.join(differ)}; give another --out, or "
-            f"--overwrite to start again there"
+            f"{path} belongs to another run: {', '.join(differ)}; resume it with its own flags, "
+            f"give another --out, or --overwrite to start again there"
         )
 
 
@@ -497,7 +518,7 @@ def check_folder(out, cfg, fingerprint, overwrite):
             f"choose another folder"
         )
     theirs = read_config(out / "config.json")
-    others = out.exists() and {file.name for file in out.iterdir()} - {configs.LOCK}
+    others = out.exists() and {file.name for file in out.iterdir()} - configs.UNSEEN
     if theirs is None and others:
         raise UserError(
             f"--out {out} holds files of something else, or its config.json is damaged; give a new "
@@ -519,7 +540,7 @@ def open_folder(out, cfg, fingerprint, overwrite):
             for file in out.glob(pattern):
                 file.unlink()
     values = {**dataclasses.asdict(cfg), "dataset": fingerprint}
-    write_text(out / "config.json", json.dumps(values, indent=1))
+    configs.write_text(out / "config.json", json.dumps(values, indent=1))
 
 
 def read_config(path):
@@ -528,11 +549,6 @@ def read_config(path):
     config = data.parse_json(path.read_bytes()) if path.exists() else None
     ours = isinstance(config, dict) and {"data", "model", "kimg"} <= config.keys()
     return config if ours else None
-
-
-def write_text(path, text):
-    with configs.atomic_write(path) as temporary:
-        temporary.write_text(text)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -551,7 +567,7 @@ class Progress:
         self.writes = rank_and_size()[0] == 0
         self.live = self.writes and sys.stderr.isatty()
         self.path = out / "log.jsonl"
-        self.about = {"dataset": fingerprint, "class_names": list(dataset.class_names)}
+        self.about = {"dataset": fingerprint, "class_names": [*map(str, dataset.class_names)]}
         self.unreadable = data.UnreadableImages(dataset, verbose=self.writes)
         self.total = total_steps(cfg)
         self.log = []  # the entries of log.jsonl
@@ -568,20 +584,20 @@ class Progress:
             "unreadable": self.unreadable.found,
         }
 
-    def load(self, state, step, path):
-        """The state in the checkpoint at this path, and the log as it was at its step. UserError if
-        it is not of the form that `state` returns."""
+    def load(self, state, step, path, parts):
+        """The state in the checkpoint at this path, with norms (parts,), and the log as it was at
+        its step. UserError if it is not of the form that `state` returns."""
         steps = state.get("columns", state.get("seen"))  # its earlier name
         norms = state.get("norms")
-        known = {"t", "weight", "loss", "mse", "vlb", "condition"}
+        required, known = {"t", "weight", "loss"}, {"mse", "vlb", "condition"}
+        batch = self.cfg.batch_size
         whole = (
             all(isinstance(part, list) for part in (steps, norms))
-            and all(isinstance(columns, dict) and columns.keys() <= known for columns in steps)
-            and all(
-                has_shape(c, self.cfg.batch_size) for columns in steps for c in columns.values()
-            )
-            and all(has_shape(norm) for norm in norms)
-            and len({len(norm) for norm in norms}) <= 1
+            and all(isinstance(columns, dict) for columns in steps)
+            and all(required <= columns.keys() <= required | known for columns in steps)
+            and len({frozenset(columns) - {"condition"} for columns in steps}) <= 1
+            and all(is_vector(c, batch) for columns in steps for c in columns.values())
+            and all(is_vector(norm, parts) for norm in norms)
             and type(state.get("skipped")) is int
             and isinstance(state.get("unreadable"), dict)
             and all(isinstance(text, str) for pair in state["unreadable"].items() for text in pair)
@@ -598,7 +614,7 @@ class Progress:
     def start(self, step):
         """Start the clocks at this step; log.jsonl holds what came before it."""
         if self.writes:
-            write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in self.log))
+            configs.write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in self.log))
         self.first_step = step
         self.started = time.time()
         self.shown = 0.0
@@ -721,10 +737,9 @@ class Progress:
         return "  ".join(parts)
 
 
-def has_shape(tensor, n=None):
-    """Is it a vector, of this length if one is given?"""
-    vector = isinstance(tensor, torch.Tensor) and tensor.dim() == 1
-    return vector and n in (None, len(tensor))
+def is_vector(tensor, n):
+    """Is it a tensor of n numbers with fractions?"""
+    return isinstance(tensor, torch.Tensor) and tensor.shape == (n,) and tensor.is_floating_point()
 
 
 def read_log(path, step):
@@ -733,11 +748,9 @@ def read_log(path, step):
     for line in path.read_bytes().splitlines() if path.exists() else []:
         entry = data.parse_json(line)
         whole = isinstance(entry, dict) and type(entry.get("step")) is int
-        kimg = entry.get("kimg") if whole else None
-        if not isinstance(kimg, float) or not 0 < kimg < configs.LARGEST:
-            break
-        entries.append(entry)
-    return [entry for entry in entries if entry["step"] <= step]
+        if whole and entry["step"] <= step and 0 < number_in(entry, ["kimg"]) < configs.LARGEST:
+            entries.append(entry)
+    return entries
 
 
 def number_in(entry, keys):
@@ -900,8 +913,9 @@ MINUTES = 60  # in seconds
 
 
 class Clock:
-    """What is due by time, however slow the steps are: a grid of samples after two minutes and then
-    every 15, unless they would take more than a tenth of the time, and a checkpoint every 15."""
+    """What is due by time, however slow the steps are: a checkpoint every 15 minutes, and a grid of
+    samples two minutes after the beginning (not of a resumed run), then every 15 or as often as
+    grids take a tenth of the time."""
 
     def __init__(self, start):
         now = time.monotonic()
@@ -1032,13 +1046,19 @@ def loop(cfg, out, trainer, progress, loader, vae, scores, start, stop):
             progress.tick(trainer, done, columns["condition"])
         else:
             progress.show(trainer, done)
-        grid_due = reached(cfg, cfg.sample_kimg, done) or (grid_due and not signalled)
-        if grid_due:  # before the checkpoint: a run killed here makes it again
-            clock.drew(save_pictures(cfg, out, trainer, progress, vae, done))
-            progress.show_again()
+        grid_by_kimg = reached(cfg, cfg.sample_kimg, done)
+        name = name_by_kimg(cfg, done) if grid_by_kimg else f"{done * cfg.batch_size / 1000:010.3f}"
+        grid_due = grid_by_kimg or (grid_due and not signalled)
+        # A run killed in a grid makes it again, if the checkpoint comes after it. One that is due
+        # by time alone need not be made again, and a signal leaves no time for it.
+        grid_first = grid_by_kimg and not signalled
+        if grid_due and grid_first:
+            clock.drew(save_pictures(cfg, out, trainer, progress, vae, name))
         if grid_due or number_due or save_due or signalled or scores.due(done):
             save_run(cfg, out, trainer, progress, done, number_due)
             clock.saved()
+        if grid_due and not grid_first:
+            clock.drew(save_pictures(cfg, out, trainer, progress, vae, name))
         if scores.due(done) and not signalled:
             scores.compute(done, stop)
         if signalled and (done < total or scores.due(done)):
@@ -1062,17 +1082,18 @@ def name_by_kimg(cfg, done):
     return f"{done * cfg.batch_size // 1000:06}"
 
 
-def save_pictures(cfg, out, trainer, progress, vae, done):
-    """The grid of samples, always of the same noise and classes, and the curves -> the seconds that
-    it took."""
+def save_pictures(cfg, out, trainer, progress, vae, name):
+    """samples-NAME.png, a grid always of the same noise and classes, and the curves -> the seconds
+    that it took."""
     start = time.monotonic()
     if vae or cfg.in_channels == 3:
-        path = out / f"samples-{name_by_kimg(cfg, done)}.png"
+        path = out / f"samples-{name}.png"
         batch = min(64, trainer.micro)
         model = trainer.ema.model
         model.class_names = progress.about["class_names"]
         sample.save_samples(model, cfg, path, vae, batch=batch)
     on_rank_0(lambda: draw_curves(progress.log, out / "loss.png"))
+    progress.show_again()
     return time.monotonic() - start
 
 
@@ -1200,8 +1221,12 @@ def bench(cfg, device, repeats):
 # python train.py
 
 
-def open_data(cfg):
-    """The data set that cfg names. UserError if the network cannot take what it holds."""
+def open_data(name, given):
+    """The data set of a preset with the fields that were given, among which the number of classes
+    is from then on. UserError if the network cannot take what it holds."""
+    # Whether there are classes to guide by, the data will tell.
+    unguided = {} if "num_classes" in given else {"cfg_scale": 1.0}
+    cfg = configs.config_from_preset(name, {**given, **unguided})
     if not cfg.data:
         raise UserError(f"this preset has no data of its own; pass --data: {data.KINDS}")
     dataset = data.open_dataset(cfg.data, cfg.input_size)
@@ -1218,6 +1243,7 @@ def open_data(cfg):
             f"make them: python data.py latents {cfg.data} latents --vae FILE --size "
             f"{8 * cfg.input_size}"
         )
+    given.setdefault("num_classes", classes_of(dataset, cfg))
     return dataset
 
 
@@ -1225,7 +1251,7 @@ def classes_of(dataset, preset):
     """The number of classes of the network where the user gives none: that of the data. A preset
     without classes takes only those with names (numbered folders are often parts of one set), and
     none of CIFAR's archives, which the paper's unconditional networks are trained on."""
-    named = not all(name.isdigit() for name in dataset.class_names)
+    named = not data.all_numbers(dataset.class_names)
     if not preset.num_classes and (not named or dataset.labels_from == "the archive"):
         return 0
     return dataset.num_classes if dataset.num_classes > 1 else 0
@@ -1295,6 +1321,7 @@ def check_machine(cfg, device):
 def starting_weights(path, network):
     """The weights of --init-from, as far as they fit the network (on the meta device), and
     sentences about them. UserError if the file holds something else."""
+    path = data.last_in(path)
     weights, kind = data.weights_in(data.read_file(path), path)
     weights, notes = diffit.adapt_weights(weights, network)
     data.check_weights(network, weights, path)
@@ -1328,7 +1355,9 @@ def describe_classes(usual, now, dataset):
     if not now and count > 1:
         say(f"the network is unconditional and ignores them; --num-classes {count} uses them")
     elif not now and usual:
-        say(f"the network is unconditional, as the data have no classes (the preset has {usual})")
+        say(
+            f"the network is unconditional, as the data have no two classes (the preset has {usual})"
+        )
     elif now > count:
         say(
             f"the network has {now} classes: those from {count} on have no images and will not be "
@@ -1398,15 +1427,14 @@ def run(args):
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         overwrite = False  # torchrun has restarted a run: it resumes
     device = configs.default_device()
-    cfg = configs.config_from_preset(name, args)
-    check_machine(cfg, device)
     if repeats:
+        cfg = configs.config_from_preset(name, args)
+        check_machine(cfg, device)
         return bench(cfg, device, repeats)
 
-    dataset = open_data(cfg)
-    if "num_classes" not in args:
-        args["num_classes"] = classes_of(dataset, cfg)
-        cfg = configs.config_from_preset(name, args)
+    dataset = open_data(name, args)
+    cfg = configs.config_from_preset(name, args)
+    check_machine(cfg, device)
     check_classes(cfg, dataset)
     vae = open_vae(cfg, dataset)
     scorer = open_scorer(cfg, vae, force)
@@ -1418,8 +1446,6 @@ def run(args):
         notes = [f"--init-from {init_from} is not used: {out} holds a run, which resumes"]
     elif init_from:
         weights, notes = starting_weights(init_from, network)
-    fingerprint = dataset.fingerprint()
-    on_rank_0(lambda: check_folder(out, cfg, fingerprint, overwrite))
     if first:
         describe(name, cfg, network, dataset, device)
         for note in notes:
