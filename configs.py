@@ -846,7 +846,7 @@ def run_command(parser, act, if_out_of_memory="", if_process_lost="", device="au
 def stdout_is_closed():
     """Has whoever read the output seen enough, as in `| head`?"""
     try:
-        sys.stdout.flush()
+        print(flush=True)
     except BrokenPipeError:
         sys.stdout = None  # Python would try again at its end
         return True
