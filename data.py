@@ -931,6 +931,8 @@ class ImageFiles(ImageDataset):
 
     def open(self, name):
         if not self.is_zip:
+            if not os.path.isfile(self.path / name):  # a pipe, say, which never ends
+                raise UnreadableImage("it is not an ordinary file")
             return open(self.path / name, "rb")
         with parsing("it", "packed in a way that Python can unpack", UnreadableImage):
             entry = self.zip().getinfo(self.written.get(name, name))
@@ -1262,7 +1264,7 @@ def open_dataset(path: str | Path, size: int | None = None) -> ImageDataset | La
     path = str(path)
     if path == "shapes":
         return Shapes(size or 32)
-    if not os.path.exists(path):
+    if not os.path.isdir(path) and not os.path.isfile(path):
         raise UserError(f"there is no data at {path}; expected {KINDS}")
     if is_latents(path):
         return Latents(path, size)

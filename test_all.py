@@ -2065,6 +2065,13 @@ def test_only_the_listed_formats_are_opened():
         assert len(found) == len(names) == 4
         close(all_images(found).mean((0, 1, 2)), [9, 99, 199], 0.02)
         assert found.summary() == "4 images; left out: 2 .txt, 1 .heic, 1 without a suffix"
+        if hasattr(os, "mkfifo"):
+            os.mkfifo(root / "pipe.png")
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                code, said = command(data, "prepare", root, root.with_suffix(".zip"), "--size", 8)
+            root.with_suffix(".zip").unlink()
+            assert code == 0 and "skipped pipe.png: it is not an ordinary file" in said, said
+            refused(lambda: data.open_dataset(root / "pipe.png", 8), "pipe.png")
     huge = encoded(Image.new("1", (2**14, 2**14)))  # a few kB, 800 MB of pixels
     unreadable(huge, "268435456 pixels")
 
@@ -3941,6 +3948,8 @@ def test_training_refuses_what_it_cannot_do():
     with folder() as root:
         pictures(root / "pics")
         np.savez(root / "plain.npz", np.zeros((3, 32, 32, 3), np.uint8))
+        few = np.array([0, 1, 9])
+        np.savez(root / "few.npz", np.zeros((3, 32, 32, 3), np.uint8), arr_1=few)
         for args, words in [
             (("--preset", "imagnet256"), ["imagnet256", "did you mean imagenet256"]),
             (("--hiden-size", 3), ["--hiden-size", "did you mean --hidden-size"]),
@@ -3957,6 +3966,7 @@ def test_training_refuses_what_it_cannot_do():
             (("--data", root / "plain.npz", "--num-classes", 2), ["no labels", "--num-classes 0"]),
             (("--data", root / "plain.npz", "--cfg-scale", 3), ["--cfg-scale 3", "leave it out"]),
             (("--in-channels", 1), ["images have 3", "grey"]),
+            (("--data", root / "few.npz"), ["go up to 9", "only 3 images", "--num-classes 10"]),
             (("--sampling-steps", 0), ["--sampling-steps"]),
             (("--init-from", root / "no.pt"), ["no.pt"]),
             (("--precision", "tf32"), ["tf32", "GPUs", "fp32"]),

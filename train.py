@@ -748,7 +748,8 @@ def read_log(path, step):
     for line in path.read_bytes().splitlines() if path.exists() else []:
         entry = data.parse_json(line)
         whole = isinstance(entry, dict) and type(entry.get("step")) is int
-        if whole and entry["step"] <= step and 0 < number_in(entry, ["kimg"]) < configs.LARGEST:
+        whole = whole and type(entry.get("kimg")) in (int, float)
+        if whole and entry["step"] <= step and 0 < entry["kimg"] < configs.LARGEST:
             entries.append(entry)
     return entries
 
@@ -1250,10 +1251,16 @@ def open_data(name, given):
 def classes_of(dataset, preset):
     """The number of classes of the network where the user gives none: that of the data. A preset
     without classes takes only those with names (numbered folders are often parts of one set), and
-    none of CIFAR's archives, which the paper's unconditional networks are trained on."""
+    none of CIFAR's archives, which the paper's unconditional networks are trained on. UserError if
+    there are fewer images than that."""
     named = not data.all_numbers(dataset.class_names)
     if not preset.num_classes and (not named or dataset.labels_from == "the archive"):
         return 0
+    if dataset.num_classes > len(dataset):
+        raise UserError(
+            f"the labels go up to {dataset.num_classes - 1}, and there are only {len(dataset)} "
+            f"images; mend the labels, or pass --num-classes {dataset.num_classes} if that is meant"
+        )
     return dataset.num_classes if dataset.num_classes > 1 else 0
 
 
