@@ -4323,6 +4323,8 @@ def test_tensors_of_strange_kinds_are_refused():
             words = [str(path), "not finite", name]
             if part == "ema":
                 complains(sample, "--ckpt", path, "--out", root / "x.png", words=words)
+                start_from = ("--init-from", path, "--out", root / "new")
+                complains(train, *TINY, *start_from, words=words)
             cfg = configs.config_from_dict(state["config"], path)
             network = diffit.build(cfg)
             refused(lambda: data.load_weights(network, state[part], path), *words)

@@ -1332,6 +1332,7 @@ def starting_weights(path, network):
     weights, kind = data.weights_in(data.read_file(path), path)
     weights, notes = diffit.adapt_weights(weights, network)
     data.check_weights(network, weights, path)
+    data.check_finite({n: w for n, w in weights.items() if not w.is_meta}, path)
     # Meta tensors stand for what is re-initialised. The others are copied: --overwrite may remove
     # the file that they are mapped from.
     own = network.state_dict()
