@@ -509,8 +509,8 @@ preset(
 )  # fmt: skip
 
 # For photographs of your own, a few hundred or thousand. Each resolution costs about as much as the
-# others; more noise than EDM's, because at 32 pixels most of an image is its layout; augmentation and
-# dropout against copies. With sub-folders, one class each.
+# others; more noise than EDM's, because at 32 pixels most of an image is its layout; augmentation
+# and dropout against copies. Sub-folders are classes.
 preset(
     "photos", "this project", None, model="unet", input_size=32, channels=(32, 64, 128, 256),
     blocks=(1, 1, 1, 1), cond_size=256, window=8, dropout=0.05, augment=0.1, xflip=True,
@@ -822,8 +822,8 @@ def run_command(parser, act, if_out_of_memory="", if_process_lost="", device="au
             parser.error(f"out of memory; {if_out_of_memory}")
         if "No working C++ compiler" in str(error):  # one of many types of torch's
             parser.error(
-                "--compile needs a C++ compiler, and there is none; install g++ or clang++ (or name "
-                "yours in CXX), or leave the flag out"
+                "--compile needs a C++ compiler, and there is none; install g++ or clang++ (or "
+                "name yours in CXX), or leave the flag out"
             )
         if "DataLoader worker" in str(error) and "Caught" not in str(error):
             parser.error(
@@ -1093,7 +1093,7 @@ def lock(folder):
 
 
 LOCK = ".lock"
-# What may lie in a folder that is still to be begun; the others are of a first start that was killed.
+# What may lie in a folder that is still to be begun, if its first start was killed.
 UNSEEN = {LOCK, ".config.json.tmp", ".settings.json.tmp", ".latents.json.tmp"}
 
 

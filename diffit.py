@@ -58,11 +58,11 @@ class TimestepEmbedder(nn.Module):
         # autocast does not know the meta device, on which `measure` runs.
         device_type = "cpu" if t.is_meta else t.device.type
         with torch.autocast(device_type, enabled=False):
-            angles = t.float()[:, None] * self.frequencies(t.device)  # (B, sinusoids / 2)
+            angles = t.float()[:, None] * self.frequencies(t.device)    # (B, sinusoids / 2)
             return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
 
     def frequencies(self, device):
-        half = self.sinusoids // 2  # a cosine and a sine each
+        half = self.sinusoids // 2                                      # a cosine and a sine each
         return torch.exp(torch.arange(half, device=device) * (-math.log(10000) / half))
 
 
@@ -75,7 +75,7 @@ class FourierEmbedder(TimestepEmbedder):
         self.register_buffer("freqs", 2 * math.pi * 16 * torch.randn(sinusoids // 2))
 
     def frequencies(self, device):
-        return self.freqs  # (sinusoids / 2,)
+        return self.freqs                                               # (sinusoids / 2,)
 
 
 class NoEmbedder(nn.Module):
@@ -115,8 +115,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
 
     def forward(self, x):
-        x = self.proj(x)  # (B, D, g, g)
-        return x.flatten(2).transpose(1, 2)  # row by row
+        x = self.proj(x)                                                # (B, D, g, g)
+        return x.flatten(2).transpose(1, 2)                             # row by row
 
 
 def sincos_2d(dim, grid):
@@ -125,10 +125,10 @@ def sincos_2d(dim, grid):
     filled up with zeros."""
     quarter = dim // 4
     omega = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega  # (grid, dim/4)
-    table = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, dim/2)
-    column = table[None].expand(grid, -1, -1)  # (grid, grid, dim/2)
-    row = table[:, None].expand(-1, grid, -1)  # (grid, grid, dim/2)
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega   # (grid, dim/4)
+    table = torch.cat([angles.sin(), angles.cos()], dim=1)              # (grid, dim/2)
+    column = table[None].expand(grid, -1, -1)                           # (grid, grid, dim/2)
+    row = table[:, None].expand(-1, grid, -1)                           # (grid, grid, dim/2)
     both = torch.cat([column, row], dim=2).reshape(1, grid * grid, 4 * quarter)
     return F.pad(both, (0, dim - 4 * quarter)).float()
 
@@ -150,15 +150,15 @@ class Attention(nn.Module):
     def forward(self, x):
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, h, N, D/h)
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, h, N, D/h)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # each (B, h, N, D/h)
+        x = F.scaled_dot_product_attention(q, k, v)                     # (B, h, N, D/h)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
 
 def attend(q, k, v, bias):
     """softmax(q k^T / sqrt(d) + bias) v: q (B, h, N, d), k and v (B, h, M, d), bias (h, N, M) or
     one per example (B, h, N, M) -> (B, h, N, d)."""
-    bias = bias.to(q.dtype)  # autocast makes q bf16
+    bias = bias.to(q.dtype)                                             # autocast makes q bf16
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     # On CPUs two plain products are faster, in training (where no fused kernel has a gradient for
@@ -175,7 +175,7 @@ def relative_position_index(window, device):
     # Offsets go from -(w - 1) to w - 1 each way, and the table lists them row by row: a token one
     # row further down is 2w - 1 entries further on, and one to the right is 1 entry further on.
     step = torch.arange(window, device=device)
-    place = ((2 * window - 1) * step[:, None] + step).flatten()  # (w^2,)
+    place = ((2 * window - 1) * step[:, None] + step).flatten()         # (w^2,)
     # Entry 0 is for the most negative offset, of the first token from the last.
     return (place[:, None] - place + place[-1]).flatten()
 
@@ -207,39 +207,39 @@ class TMSA(nn.Module):
                 f"windows of {window} x {window} tokens do not tile a grid of {grid} x {grid} "
                 f"tokens; choose a window or an image size so that one divides the other"
             )
-        self.qkv = nn.Linear(dim, 3 * dim)  # Wqs, Wks, Wvs
-        self.qkv_temb = nn.Linear(cond_dim or dim, 3 * dim)  # Wqt, Wkt, Wvt
+        self.qkv = nn.Linear(dim, 3 * dim)                              # Wqs, Wks, Wvs
+        self.qkv_temb = nn.Linear(cond_dim or dim, 3 * dim)             # Wqt, Wkt, Wvt
         self.proj = nn.Linear(dim, dim)
-        offsets = (2 * self.window - 1) ** 2  # of one token from another
+        offsets = (2 * self.window - 1) ** 2                            # of one token from another
         self.relative_position_bias_table = nn.Parameter(torch.zeros(offsets, num_heads))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         # Eqs. 3-5, side by side. The time's part is one vector per image, so it is broadcast.
-        qkv = self.qkv(x) + self.qkv_temb(c)[:, None]  # (B, N, 3D)
-        q, k, v = self.split_windows(qkv)  # each (B n^2, h, w^2, D/h)
-        bias = self.bias(self.relative_position_bias_table)  # (h, w^2, w^2)
-        x = attend(q, k, v, bias)  # eq. 6
-        return self.proj(self.join_windows(x))  # (B, N, D)
+        qkv = self.qkv(x) + self.qkv_temb(c)[:, None]                   # (B, N, 3D)
+        q, k, v = self.split_windows(qkv)                               # each (B n^2, h, w^2, D/h)
+        bias = self.bias(self.relative_position_bias_table)             # (h, w^2, w^2)
+        x = attend(q, k, v, bias)                                       # eq. 6
+        return self.proj(self.join_windows(x))                          # (B, N, D)
 
     def split_windows(self, qkv):
         """(B, N, 3D) -> q, k, v, each (B n^2, h, w^2, D/h), the windows of an image together."""
         B = len(qkv)
         w, n = self.window, self.grid // self.window
-        qkv = qkv.view(B, n, w, n, w, 3, self.num_heads, -1)  # (B, n, w, n, w, 3, h, D/h)
-        qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7)  # (3, B, n, n, h, w, w, D/h)
+        qkv = qkv.view(B, n, w, n, w, 3, self.num_heads, -1)            # (B, n, w, n, w, 3, h, D/h)
+        qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7)                       # (3, B, n, n, h, w, w, D/h)
         return qkv.reshape(3, B * n * n, self.num_heads, w * w, -1).unbind()
 
     def join_windows(self, x):
         """(B n^2, h, w^2, D/h) -> (B, N, D), the tokens in the order they came in."""
         w, n = self.window, self.grid // self.window
-        x = x.view(-1, n, n, self.num_heads, w, w, x.shape[-1])  # (B, n, n, h, w, w, D/h)
-        x = x.permute(0, 1, 4, 2, 5, 3, 6)  # (B, n, w, n, w, h, D/h)
+        x = x.view(-1, n, n, self.num_heads, w, w, x.shape[-1])         # (B, n, n, h, w, w, D/h)
+        x = x.permute(0, 1, 4, 2, 5, 3, 6)                              # (B, n, w, n, w, h, D/h)
         return x.reshape(len(x), self.grid**2, -1)
 
     def bias(self, table):
         """(..., offsets, h) -> (..., h, w^2, w^2): at (i, j) the row for the offset of i from j."""
         tokens = self.window**2
-        index = relative_position_index(self.window, table.device)  # (w^4,)
+        index = relative_position_index(self.window, table.device)      # (w^4,)
         # Of all forms of indexing index_select has the fastest gradient (measured on CPUs).
         return table.mT.index_select(-1, index).unflatten(-1, (tokens, tokens))
 
@@ -269,10 +269,10 @@ class Mlp(nn.Module):
         self.temb = nn.Linear(cond_dim, hidden) if cond_dim else None
 
     def forward(self, x, c=None):
-        x = self.fc1(x)  # (B, N, hidden)
+        x = self.fc1(x)                                                 # (B, N, hidden)
         if self.temb is not None:
             x = x + self.temb(c)[:, None]
-        return self.fc2(F.gelu(x, approximate="tanh"))  # tanh: as released
+        return self.fc2(F.gelu(x, approximate="tanh"))                  # tanh: as released
 
 
 class Block(nn.Module):
@@ -286,7 +286,7 @@ class DiffiTBlock(Block):
 
     def __init__(self, dim, num_heads, mlp_ratio, grid, cond_dim=0, window=0, time_in="qkv"):
         super().__init__()
-        attention = lookup("time_in", time_in, ATTENTION)  # TMSA by default
+        attention = lookup("time_in", time_in, ATTENTION)               # TMSA by default
         cond_dim = cond_dim or dim
         self.norm1 = layer_norm(dim)
         self.norm2 = layer_norm(dim)
@@ -294,8 +294,8 @@ class DiffiTBlock(Block):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), cond_dim if time_in == "mlp" else 0)
 
     def forward(self, x, c):
-        x = x + self.attn(self.norm1(x), c)  # eq. 7
-        return x + self.mlp(self.norm2(x), c)  # eq. 8
+        x = x + self.attn(self.norm1(x), c)                             # eq. 7
+        return x + self.mlp(self.norm2(x), c)                           # eq. 8
 
 
 def modulate(x, shift, scale):
@@ -316,7 +316,7 @@ class DiTBlock(Block):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x, c):
-        modulation = self.adaLN_modulation(c).chunk(6, dim=1)  # each (B, D)
+        modulation = self.adaLN_modulation(c).chunk(6, dim=1)           # each (B, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
@@ -346,7 +346,7 @@ class DiTHead(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
     def forward(self, x, c):
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)  # each (B, D)
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)         # each (B, D)
         return self.linear(modulate(self.norm(x), shift, scale))
 
 
@@ -358,7 +358,7 @@ class Network(nn.Module):
     """What all networks here have: the condition c, the sum of the embeddings of time, label and
     augmentation, and the way that weights start."""
 
-    class_names = ()  # where they are known
+    class_names = ()                                                    # where they are known
 
     def add_condition(
         self, dim, time_embedding, num_classes, class_dropout_prob, augment, sinusoids=256
@@ -386,7 +386,7 @@ class Network(nn.Module):
         UserError if labels are given to a network without classes."""
         c = self.t_embedder(t)
         if self.y_embedder is not None:
-            if y is None:  # the null class
+            if y is None:                                               # the null class
                 y = torch.full_like(t, self.num_classes, dtype=torch.long)
             c = c + self.y_embedder(y)
         elif y is not None:
@@ -490,14 +490,14 @@ class Transformer(Network):
     ) -> Tensor:
         B = len(x)
         p, g = self.patch_size, self.grid
-        x = self.x_embedder(x) + self.pos_embed  # (B, N, D)
-        c = self.condition(t, y, augmented)  # (B, D)
+        x = self.x_embedder(x) + self.pos_embed                         # (B, N, D)
+        c = self.condition(t, y, augmented)                             # (B, D)
         for block in self.blocks:
-            x = block(x, c)  # (B, N, D)
-        x = self.final_layer(x, c)  # (B, N, p*p*out)
-        x = x.view(B, g, g, p, p, self.out_channels)  # a token is p x p pixels
-        x = x.permute(0, 5, 1, 3, 2, 4)  # (B, out, g, p, g, p)
-        return x.reshape(B, self.out_channels, g * p, g * p)  # (B, out, H, W)
+            x = block(x, c)                                             # (B, N, D)
+        x = self.final_layer(x, c)                                      # (B, N, p*p*out)
+        x = x.view(B, g, g, p, p, self.out_channels)                    # a token is p x p pixels
+        x = x.permute(0, 5, 1, 3, 2, 4)                                 # (B, out, g, p, g, p)
+        return x.reshape(B, self.out_channels, g * p, g * p)            # (B, out, H, W)
 
 
 class DiffiT(Transformer):
@@ -540,9 +540,9 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if changes else nn.Identity()
 
     def forward(self, x, c):
-        h = self.conv(self.dropout(F.silu(self.norm(x))))  # eq. 9: (B, out, H, W)
-        tokens = self.block(h.flatten(2).transpose(1, 2), c)  # (B, H*W, out)
-        return tokens.transpose(1, 2).reshape(h.shape) + self.skip(x)  # eq. 10
+        h = self.conv(self.dropout(F.silu(self.norm(x))))               # eq. 9: (B, out, H, W)
+        tokens = self.block(h.flatten(2).transpose(1, 2), c)            # (B, H*W, out)
+        return tokens.transpose(1, 2).reshape(h.shape) + self.skip(x)   # eq. 10
 
 
 class Stage(nn.Module):
@@ -550,8 +550,8 @@ class Stage(nn.Module):
 
     def __init__(self, count, in_channels, out_channels, grid, window, **options):
         super().__init__()
-        window = min(window, grid)  # a small grid is one window
-        widths = [in_channels] + [out_channels] * (count - 1)  # of what enters each block
+        window = min(window, grid)                                      # a small grid is one window
+        widths = [in_channels] + [out_channels] * (count - 1)           # of what enters each block
         self.blocks = nn.ModuleList(
             ResBlock(width, out_channels, grid=grid, window=window, **options) for width in widths
         )
@@ -585,8 +585,8 @@ class Encoder(nn.Module):
         features = []
         for level, stage in enumerate(self.stages):
             if level > 0:
-                x = self.downsamplers[level - 1](x)  # half the resolution
-            x = stage(x, c)  # (B, channels[level], ...)
+                x = self.downsamplers[level - 1](x)                     # half the resolution
+            x = stage(x, c)                                             # (B, channels[level], ...)
             features.append(x)
         return features
 
@@ -616,9 +616,9 @@ class Decoder(nn.Module):
         last = len(self.stages) - 1
         x = self.stages[last](features[last], c)
         for level in range(last - 1, -1, -1):
-            x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # twice the resolution
-            x = self.upsamplers[level](x)  # (B, channels[level], ...)
-            x = torch.cat([x, features[level]], dim=1)  # (B, widths_in[level], ...)
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")      # twice the resolution
+            x = self.upsamplers[level](x)                               # (B, channels[level], ...)
+            x = torch.cat([x, features[level]], dim=1)                  # (B, widths_in[level], ...)
             x = self.stages[level](x, c)
         return x
 
@@ -702,11 +702,11 @@ class DiffiTUNet(Network):
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor | None = None, augmented: Tensor | None = None
     ) -> Tensor:
-        c = self.condition(t, y, augmented)  # (B, cond_size)
-        x = self.tokenizer(x)  # (B, channels[0], H, W)
-        features = self.encoder(x, c)  # of each resolution
-        x = self.decoder(features, c)  # (B, channels[0], H, W)
-        return self.head(F.silu(self.head_norm(x)))  # (B, out, H, W)
+        c = self.condition(t, y, augmented)                             # (B, cond_size)
+        x = self.tokenizer(x)                                           # (B, channels[0], H, W)
+        features = self.encoder(x, c)                                   # of each resolution
+        x = self.decoder(features, c)                                   # (B, channels[0], H, W)
+        return self.head(F.silu(self.head_norm(x)))                     # (B, out, H, W)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -737,14 +737,14 @@ class TimeAsToken(Untimed):
         self.token = nn.Linear(cond_dim or dim, 2 * dim)
 
     def forward(self, x, c):
-        q, k, v = self.split_windows(self.qkv(x))  # each (B n^2, h, w^2, D/h)
-        windows = len(q) // len(c)  # n^2
-        token = self.token(c).view(len(c), 2, self.num_heads, 1, -1)  # (B, 2, h, 1, D/h)
+        q, k, v = self.split_windows(self.qkv(x))                       # each (B n^2, h, w^2, D/h)
+        windows = len(q) // len(c)                                      # n^2
+        token = self.token(c).view(len(c), 2, self.num_heads, 1, -1)    # (B, 2, h, 1, D/h)
         token_k, token_v = token.repeat_interleave(windows, 0).unbind(1)
-        k = torch.cat([k, token_k], dim=2)  # (B n^2, h, w^2 + 1, D/h)
+        k = torch.cat([k, token_k], dim=2)                              # (B n^2, h, w^2 + 1, D/h)
         v = torch.cat([v, token_v], dim=2)
-        bias = self.bias(self.relative_position_bias_table)  # (h, w^2, w^2)
-        bias = F.pad(bias, (0, 1))  # 0 for the time's token
+        bias = self.bias(self.relative_position_bias_table)             # (h, w^2, w^2)
+        bias = F.pad(bias, (0, 1))                                      # 0 for the time's token
         x = attend(q, k, v, bias)
         return self.proj(self.join_windows(x))
 
@@ -758,21 +758,21 @@ class TimeInBias(Untimed):
 
     def forward(self, x, c):
         q, k, v = self.split_windows(self.qkv(x))
-        windows = len(q) // len(c)  # n^2
-        table = self.relative_position_bias_table  # (offsets, h)
-        table = table + self.bias_temb(c).view(-1, *table.shape)  # (B, offsets, h)
-        bias = self.bias(table)  # (B, h, w^2, w^2)
+        windows = len(q) // len(c)                                      # n^2
+        table = self.relative_position_bias_table                       # (offsets, h)
+        table = table + self.bias_temb(c).view(-1, *table.shape)        # (B, offsets, h)
+        bias = self.bias(table)                                         # (B, h, w^2, w^2)
         x = attend(q, k, v, bias.repeat_interleave(windows, 0))
         return self.proj(self.join_windows(x))
 
 
 # time_in of a DiffiTBlock -> its attention
 ATTENTION = {
-    "qkv": TMSA,  # eqs. 3-6 (Table 6, H; Table 7, mixed)
-    "token": TimeAsToken,  # Table 7, separate
-    "bias": TimeInBias,  # Table 6, F
-    "mlp": Untimed,  # Table 6, G: in the hidden layer of the MLP
-    "none": Untimed,  # in Table 4's plain stages, below
+    "qkv": TMSA,                                    # eqs. 3-6 (Table 6, H; Table 7, mixed)
+    "token": TimeAsToken,                           # Table 7, separate
+    "bias": TimeInBias,                             # Table 6, F
+    "mlp": Untimed,                                 # Table 6, G: in the hidden layer of the MLP
+    "none": Untimed,                                # in Table 4's plain stages, below
 }
 
 
@@ -794,7 +794,7 @@ class PlainStage(Stage):
         self.scale = nn.Parameter(torch.ones(in_channels))
 
     def forward(self, x, c):
-        time = self.scale * self.temb(c)  # (B, in)
+        time = self.scale * self.temb(c)                                # (B, in)
         return super().forward(x + time[:, :, None, None], c)
 
 
@@ -819,7 +819,7 @@ class ViTStage(nn.Module):
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x, c):
-        time = self.scale * self.temb(c)  # (B, D)
+        time = self.scale * self.temb(c)                                # (B, D)
         x = x + time[:, None]
         for block in self.blocks:
             x = block(x, c)
@@ -846,7 +846,7 @@ class ViTEncoder(nn.Module):
         )
 
     def forward(self, x, c):
-        tokens = self.patches(x) + self.pos_embed  # (B, N, D)
+        tokens = self.patches(x) + self.pos_embed                       # (B, N, D)
         features = []
         for stage in self.stages:
             tokens = stage(tokens, c)
@@ -872,7 +872,7 @@ class SETRDecoder(nn.Module):
 
     def forward(self, features, c):
         total = None
-        full = []  # (B, channels[0], H, W)
+        full = []                                                       # (B, channels[0], H, W)
         for level in range(len(features) - 1, -1, -1):
             x = self.reduce[level](features[level])
             total = x if total is None else x + resize(total, x.shape[-1])
@@ -932,12 +932,12 @@ class DDPMppBlock(Block):
         return x
 
     def forward(self, x, c):
-        h = self.conv1(self.resample(F.silu(self.norm1(x))))  # (B, width, H', W')
-        h = h + self.temb(F.silu(c))[:, :, None, None]  # a number for each channel
+        h = self.conv1(self.resample(F.silu(self.norm1(x))))            # (B, width, H', W')
+        h = h + self.temb(F.silu(c))[:, :, None, None]                  # a number for each channel
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        x = (h + self.skip(self.resample(x))) * math.sqrt(0.5)  # keeps the variance at 1
+        x = (h + self.skip(self.resample(x))) * math.sqrt(0.5)          # keeps the variance at 1
         if self.attn is not None:
-            tokens = self.norm3(x).flatten(2).transpose(1, 2)  # (B, N, width)
+            tokens = self.norm3(x).flatten(2).transpose(1, 2)           # (B, N, width)
             tokens = self.attn(tokens, c) if isinstance(self.attn, TMSA) else self.attn(tokens)
             x = (tokens.transpose(1, 2).reshape(x.shape) + x) * math.sqrt(0.5)
         return x
@@ -949,7 +949,7 @@ def ddpmpp_blocks(block, input_size, stem, channels, blocks):
     last = len(channels) - 1
     down = []
     width = stem
-    skips = [stem]  # widths, for the right half
+    skips = [stem]                                                      # widths, for the right half
     for level, count in enumerate(blocks):
         if level > 0:
             down.append(block(width, width, level, down=True))
@@ -1045,8 +1045,8 @@ class DDPMpp(Network):
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor | None = None, augmented: Tensor | None = None
     ) -> Tensor:
-        c = self.condition(t, y, augmented)  # (B, cond_size)
-        x = self.stem(x)  # (B, stem, H, W)
+        c = self.condition(t, y, augmented)                             # (B, cond_size)
+        x = self.stem(x)                                                # (B, stem, H, W)
         skips = [x]
         for block in self.down:
             x = block(x, c)
@@ -1056,7 +1056,7 @@ class DDPMpp(Network):
         for block in self.up:
             # Blocks that upsample have no skip; every other one takes the last that is left.
             x = block(x if block.upsamples else torch.cat([x, skips.pop()], dim=1), c)
-        return self.head(F.silu(self.head_norm(x)))  # (B, out, H, W)
+        return self.head(F.silu(self.head_norm(x)))                     # (B, out, H, W)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1067,7 +1067,7 @@ class DDPMpp(Network):
 NETWORKS = {
     "diffit": DiffiT,
     "dit": DiT,
-    "unet": Table4UNet,  # DiffiTUNet, unless encoder or decoder differ
+    "unet": Table4UNet,                             # DiffiTUNet, unless encoder or decoder differ
     "ddpmpp": DDPMpp,
 }
 
@@ -1088,9 +1088,9 @@ def measure(cfg) -> tuple[int, float, int]:
         t = torch.zeros(1)
         with FlopCounterMode(display=False) as counter:
             model(x, t)
-    trained = sum(p.numel() for p in model.parameters())  # not buffers
-    multiply_adds = counter.get_total_flops() / 2  # which it counts twice
-    tokens = (cfg.input_size // (cfg.patch_size or 1)) ** 2  # in a U-Net: pixels
+    trained = sum(p.numel() for p in model.parameters())                # not buffers
+    multiply_adds = counter.get_total_flops() / 2                       # which it counts twice
+    tokens = (cfg.input_size // (cfg.patch_size or 1)) ** 2             # in a U-Net: pixels
     return trained, multiply_adds, tokens
 
 
@@ -1131,20 +1131,20 @@ def adapt_weights(weights: dict[str, Tensor], network: nn.Module) -> tuple[dict,
     adapted = dict(weights)
     notes = []
 
-    before = max(0, rows(weights, LABELS) - 1)  # without the null class
+    before = max(0, rows(weights, LABELS) - 1)                          # without the null class
     now = max(0, rows(own, LABELS) - 1)
     if before != now:
         adapted.pop(LABELS, None)
         fate = "re-initialised" if now else "left out"
         notes.append(f"{before} classes there and {now} here, so the label table is {fate}")
-    positions = [name for name in own if name.endswith(POSITIONS)]  # of a ViT encoder, too
+    positions = [name for name in own if name.endswith(POSITIONS)]      # of a ViT encoder, too
     for name in positions:
         if rows(weights, name) != rows(own, name):
             adapted.pop(name, None)
             notes.append(f"the position table is recomputed for {rows(own, name)} tokens")
     for name in (LABELS, *positions):
         if name in own:
-            adapted.setdefault(name, own[name])  # where they were removed
+            adapted.setdefault(name, own[name])                         # where they were removed
 
     # One table for each block (in a U-Net only those whose windows have another size differ).
     tables = [name for name in own if name.endswith(BIAS_TABLE) and name in weights]

@@ -52,8 +52,8 @@ class Diffusion:
         self.variance = variance
         betas = betas_of(schedule, T)
         self.abar = np.cumprod(1 - betas)
-        previous = np.append(1.0, self.abar[:-1])  # abar of the step before
-        posterior = betas * (1 - previous) / (1 - self.abar)  # beta-tilde, DDPM eq. 7
+        previous = np.append(1.0, self.abar[:-1])                       # abar of the step before
+        posterior = betas * (1 - previous) / (1 - self.abar)            # beta-tilde, DDPM eq. 7
         # beta-tilde is 0 at t = 0, which has no logarithm; the next one stands in, as in iDDPM.
         self.log_posterior = np.log(np.append(posterior[1], posterior[1:]))
         self.log_beta = np.log(betas)
@@ -72,7 +72,7 @@ class Diffusion:
         the learned variance, in bits per dimension; the VLB sends no gradient to the mean (iDDPM
         Sec. 3.1). Without learned variance there is no "vlb"."""
         noise = torch.randn_like(x0) if noise is None else noise
-        a = self.at(np.sqrt(self.abar), t, x0)  # (B, 1, 1, 1)
+        a = self.at(np.sqrt(self.abar), t, x0)                          # (B, 1, 1, 1)
         s = self.at(np.sqrt(1 - self.abar), t, x0)
         xt = a * x0 + s * noise
         # In the precision of x0, whatever the network computes in.
@@ -91,11 +91,11 @@ class Diffusion:
         s = self.at(np.sqrt(1 - self.abar), t, xt)
         x0_coef = self.at(self.x0_coef, t, xt)
         xt_coef = self.at(self.xt_coef, t, xt)
-        mean = x0_coef * ((xt - s * eps) / a) + xt_coef * xt  # of p
-        true = x0_coef * x0 + xt_coef * xt  # of q
-        low = self.at(self.log_posterior, t, xt)  # log variance of q
+        mean = x0_coef * ((xt - s * eps) / a) + xt_coef * xt            # of p
+        true = x0_coef * x0 + xt_coef * xt                              # of q
+        low = self.at(self.log_posterior, t, xt)                        # log variance of q
         high = self.at(self.log_beta, t, xt)
-        logvar = low + variance_mix * (high - low)  # of p, iDDPM eq. 15
+        logvar = low + variance_mix * (high - low)                      # of p, iDDPM eq. 15
         kl = 0.5 * (logvar - low - 1 + (low - logvar).exp() + (true - mean) ** 2 * (-logvar).exp())
         nll = -discretized_gaussian_log_likelihood(x0, mean, 0.5 * logvar)
         return torch.where(t == 0, mean_flat(nll), mean_flat(kl)) / math.log(2.0)
@@ -145,7 +145,7 @@ class Diffusion:
                 f"{out.shape[1]}; set learn_sigma to {learned}"
             )
         if learned:
-            return out[:, :C], (out[:, C:] + 1) / 2  # -1..1 -> 0..1
+            return out[:, :C], (out[:, C:] + 1) / 2                     # -1..1 -> 0..1
         return out, float(self.variance == "large")
 
     @staticmethod
@@ -368,13 +368,13 @@ def guided(
     tolerance = 0 if exact else SCALE_TOLERANCE
 
     def f(x, t):
-        s = scale_at(scale, t).to(x)  # () or (B,)
+        s = scale_at(scale, t).to(x)                                    # () or (B,)
         if y is None or bool(((s - 1).abs() <= tolerance).all()):
             return model(x, t, y)
         null = torch.full_like(y, model.num_classes)
         # One call of twice the batch is faster than two calls.
         both = model(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, null]))
-        cond, uncond = both.chunk(2)  # each (B, C or 2C, H, W)
+        cond, uncond = both.chunk(2)                                    # each (B, C or 2C, H, W)
         k = channels or x.shape[1]
         eps = uncond[:, :k] + s.view(-1, 1, 1, 1) * (cond[:, :k] - uncond[:, :k])
         return torch.cat([eps, cond[:, k:]], dim=1)
@@ -416,8 +416,8 @@ def interval(scale, low, high, process):
 #
 #     process, f, levels   as above; levels descend in noise
 #     clip                 keep each x0 in [-1, 1] (pixels, never latents)
-#     watch                if given, watch(level, x) is called with x at each level, before the step;
-#                          it may change x in place
+#     watch                if given, watch(level, x) is called with x at each level, before its step,
+#                          and may change x in place
 #     noise                where a step is random: noise() gives the next fresh unit noise like x
 
 
@@ -438,11 +438,11 @@ def ddpm(
         if watch:
             watch(level, x)
         x0, _, variance_mix = process.predict(f, x, level, clip)
-        beta = s**2 - (a / a_next * s_next) ** 2  # variance of this step
+        beta = s**2 - (a / a_next * s_next) ** 2                        # variance of this step
         # The posterior mean, DDPM eq. 7.
         x = a_next * beta / s**2 * x0 + a / a_next * s_next**2 / s**2 * x
         if s_next > 0:  # to a clean image no noise is added
-            low = math.log(beta * s_next**2 / s**2)  # beta-tilde
+            low = math.log(beta * s_next**2 / s**2)                     # beta-tilde
             high = math.log(beta)
             logvar = low + variance_mix * (high - low)
             x = x + torch.exp(torch.as_tensor(0.5 * logvar, dtype=x.dtype)) * noise()
@@ -460,9 +460,9 @@ def ddim(
         if watch:
             watch(level, x)
         x0, eps, _ = process.predict(f, x, level, clip)
-        beta = s**2 - (a / a_next * s_next) ** 2  # variance of this step
-        var = eta**2 * beta * s_next**2 / s**2  # eq. 16, squared
-        x = a_next * x0 + math.sqrt(s_next**2 - var) * eps  # the rest is fresh noise
+        beta = s**2 - (a / a_next * s_next) ** 2                        # variance of this step
+        var = eta**2 * beta * s_next**2 / s**2                          # eq. 16, squared
+        x = a_next * x0 + math.sqrt(s_next**2 - var) * eps              # the rest is fresh noise
         if var > 0:
             x = x + math.sqrt(var) * noise()
     return x
@@ -498,10 +498,10 @@ def heun(
             level = s = level * (1 + gamma)
             x = x + churn_noise * math.sqrt(s**2 - (s / (1 + gamma)) ** 2) * noise()
         eps = process.predict(f, x, level, clip)[1]
-        step = s_next / a_next - s / a  # in s/a
-        end = a_next * (x / a + step * eps)  # Euler's
+        step = s_next / a_next - s / a                                  # in s/a
+        end = a_next * (x / a + step * eps)                             # Euler's
         if target is not None:
-            eps2 = process.predict(f, end, target, clip)[1]  # the slope at that end
+            eps2 = process.predict(f, end, target, clip)[1]             # the slope at that end
             end = a_next * (x / a + step * (eps + eps2) / 2)
         x = end
     return x
@@ -518,7 +518,7 @@ def dpmpp(process, f: Predictor, x: Tensor, levels: list, *, clip=False, watch=N
         x0 = process.predict(f, x, level, clip)[0]
         if s_next == 0:
             return a_next * x0
-        h = math.log(a_next / s_next) - math.log(a / s)  # in log signal-to-noise
+        h = math.log(a_next / s_next) - math.log(a / s)                 # in log signal-to-noise
         # x0 half a step ahead, extrapolated from this one and the last.
         D = x0 if last is None else x0 + h / last_h / 2 * (x0 - last)
         x = s_next / s * x - a_next * math.expm1(-h) * D
@@ -538,8 +538,8 @@ class LossAwareTimesteps:
     def __init__(self, T: int, uniform_prob: float = 0.1, history: int = 10):
         self.T = T
         self.uniform_prob = uniform_prob
-        self.losses = torch.zeros(T, history, dtype=torch.float64)  # a ring for each timestep
-        self.counts = torch.zeros(T, dtype=torch.int64)  # ever seen of each
+        self.losses = torch.zeros(T, history, dtype=torch.float64)      # a ring for each timestep
+        self.counts = torch.zeros(T, dtype=torch.int64)                 # ever seen of each
 
     def probabilities(self) -> Tensor:
         """(T,) float64, sums to 1."""
@@ -562,7 +562,7 @@ class LossAwareTimesteps:
         ring = self.losses.numpy()
         counts = self.counts.numpy()
         for i, loss in zip(t.tolist(), losses.tolist()):
-            ring[i, counts[i] % ring.shape[1]] = loss  # in place of the oldest
+            ring[i, counts[i] % ring.shape[1]] = loss                   # in place of the oldest
             counts[i] += 1
 
     def state_dict(self):

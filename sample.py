@@ -237,7 +237,7 @@ def captions_of(model, indices, cfg, classes=None, seed=0):
 
 
 def show_steps(before, cfg):
-    """A function to watch one call of a sampler with: on rank 0 it shows each step behind a text."""
+    """A function to watch one call of a sampler with: on rank 0 it shows each step after a text."""
     if rank_and_size()[0]:
         return lambda level, x: None
     steps = itertools.count(1)
@@ -1375,8 +1375,9 @@ def generate_main():
     group.add_argument("--batch", type=at_least(1), default=64, help="images at a time")
     group = parser.add_argument_group(
         "output",
-        "Without any of these, a grid in samples.png, or the next of samples-2.png, ... With --dir, --npz or --score the images stay "
-        "as PNGs in a folder, and the same command resumes with those that are missing.",
+        "Without any of these, a grid in samples.png, or the next of samples-2.png, ... With "
+        "--dir, --npz or --score the images stay as PNGs in a folder, and the same command resumes "
+        "with those that are missing.",
     )
     group.add_argument("--out", metavar="PNG", help=f"a grid of the first {GRID}")
     group.add_argument(

@@ -1364,7 +1364,7 @@ def describe_classes(usual, now, dataset):
         say(f"the network is unconditional and ignores them; --num-classes {count} uses them")
     elif not now and usual:
         say(
-            f"the network is unconditional, as the data have no two classes (the preset has {usual})"
+            f"the network is unconditional, as the data have no two classes (the preset: {usual})"
         )
     elif now > count:
         say(
