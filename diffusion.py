@@ -416,8 +416,8 @@ def interval(scale, low, high, process):
 #
 #     process, f, levels   as above; levels descend in noise
 #     clip                 keep each x0 in [-1, 1] (pixels, never latents)
-#     watch                if given, watch(level, x) is called with x at each level, before its step,
-#                          and may change x in place
+#     watch                if given, watch(level, x) is called with x at each level, before the
+#                          step; it may change x in place
 #     noise                where a step is random: noise() gives the next fresh unit noise like x
 
 
