@@ -451,6 +451,8 @@ ELSEWHERE = {
     "num_train_epochs": LENGTH,
     "learning_rate": ["--lr X"],
     "batch": ["--batch-size N"],
+    "save_every": ["--save-kimg X"],
+    "sample_every": ["--sample-kimg X"],
     "num_workers": ["--workers N"],
     "image_size": ["--input-size N (latents: pixels / 8)", "--size N"],
     "resolution": ["--input-size N (latents: pixels / 8)", "--size N"],
@@ -877,6 +879,7 @@ def end_on_signals():
 def exit_on_signal(number, frame):
     for other in ENDING:
         signal.signal(other, signal.SIG_IGN)  # the first one is enough
+    say(f"stopped by {signal.Signals(number).name}")
     sys.exit(128 + number)
 
 

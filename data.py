@@ -27,6 +27,7 @@ import pickle
 import posixpath
 import tarfile
 import time
+import unicodedata
 import warnings
 import zipfile
 from pathlib import Path
@@ -246,6 +247,8 @@ def read_file(path):
     """A file of weights, or a checkpoint with more in it -> a dict, its tensors memory-mapped if
     they can be. Safetensors, or written by torch.save; of the latter only tensors and plain values
     are ever unpickled. UserError if it is missing, damaged or something else."""
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder, not a file of weights; give the file in it")
     if not os.path.isfile(path):
         raise UserError(f"there is no file {path}")
     with open(path, "rb") as file:
@@ -267,6 +270,8 @@ def read_torch_file(path, zipped):
     if zipped:
         # Cut short, it has no list of its parts.
         with open_zip(path, "a whole file of torch.save") as archive:
+            if not any(name.endswith("data.pkl") for name in archive.namelist()):
+                raise UserError(f"{path} is a zip of other files, not weights")
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise UserError(f"{path} is compressed, which torch.save never does")
     # argparse.Namespace: the flags, in checkpoints of DiT's own training
@@ -813,9 +818,9 @@ class ImageFiles(ImageDataset):
         described = [n for n in found if posixpath.basename(n).lower() == "dataset.json"]
         self.names = sorted(n for n in found if suffix(n) in EXTENSIONS)
         others = found.difference(self.names, described)
-        others = collections.Counter(sorted(suffix(n) or "without a suffix" for n in others))
-        others = [f"{count} {short(end)}" for end, count in others.most_common()]
-        self.left_out = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+        ends = collections.Counter(sorted(suffix(n) or "without a suffix" for n in others))
+        counted = [f"{count} {short(end)}" for end, count in ends.most_common()]
+        self.left_out = ", ".join(counted[:5]) + (", ..." if len(counted) > 5 else "")
         if not self.names:
             raise UserError(
                 f"{path} holds no images ({', '.join(EXTENSIONS)})"
@@ -825,7 +830,7 @@ class ImageFiles(ImageDataset):
         if described:
             self.labels_from_json(described)
         else:
-            self.labels_from_folders()
+            self.labels_from_folders(others)
         self.size = size or self.common_size()
 
     def names_in_folder(self):
@@ -880,7 +885,8 @@ class ImageFiles(ImageDataset):
                 f"expected a list with a name for each class up to {self.labels.max()}"
             )
 
-    def labels_from_folders(self):
+    def labels_from_folders(self, others):
+        """others: the names of files that are no images."""
         # What the first and the last of the sorted names share, all share. The classes are the
         # folders in the last folder that all share; if that holds them itself, it is the class.
         common = os.path.commonprefix([self.names[0], self.names[-1]]).rpartition("/")[0]
@@ -895,12 +901,13 @@ class ImageFiles(ImageDataset):
         if all_numbers(class_names):
             # As numbers, of which a name may be a very long one: 2 before 10.
             class_names.sort(key=lambda name: (len(name.lstrip("0")), name.lstrip("0"), name))
-        if len(class_names) > 1 and SPLITS.issuperset(name.lower() for name in class_names):
+        splits = [name for name in class_names if name.lower() in SPLITS]
+        if len(splits) > 1:
             raise UserError(
-                f"{self.path} has the folders {' and '.join(class_names)}, which are parts of a "
-                f"data set and not classes; "
-                + ("unpack it, and " if self.is_zip else "")
-                + f"give one of them: {self.path / self.root / class_names[0]}"
+                f"{self.path} has the folders {' and '.join(splits)}, which are parts of a data "
+                f"set and not classes; "
+                + ("unpack it, and give " if self.is_zip else f"give {self.path / self.root}/")
+                + f"{splits[0]}"
             )
         if None in folders:
             raise UserError(
@@ -911,6 +918,10 @@ class ImageFiles(ImageDataset):
         self.labels = np.array([number[folder] for folder in folders], np.int64)
         self.class_names = class_names
         self.labels_from = "sub-folders"
+        inside = [name[len(self.root) :] for name in others if name.startswith(self.root)]
+        empty = {name.split("/")[0] for name in inside if "/" in name}.difference(class_names)
+        if empty:
+            self.left_out += f", all that is in {', '.join(map(short, sorted(empty)))}"
 
     def common_size(self):
         """The size of the first image that can be read; read() holds the others to it."""
@@ -1576,7 +1587,8 @@ def image_grid(images, columns=None, captions=None):
     for row, text, shown in zip(rows, texts, captioned):
         for k, caption in enumerate(text if shown else []):
             # The font has no other letters; what is too long is cut.
-            caption = short(caption).encode("latin-1", "replace").decode("latin-1")
+            caption = unicodedata.normalize("NFKD", short(caption)).encode("ascii", "ignore")
+            caption = caption.decode()
             while caption and pen.textlength(caption, font) > step_x:
                 caption = caption[:-1]
             pen.text((gap + k * step_x, top), caption, "black", font)

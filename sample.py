@@ -115,6 +115,8 @@ def labels_of(indices, cfg, classes=None, seed=0):
     if not cfg.num_classes:
         return None
     order = np.array(classes or class_order(cfg, seed))
+    if not 0 <= order.min() <= order.max() < cfg.num_classes:
+        raise UserError(f"classes {classes}: this network has 0 to {cfg.num_classes - 1}")
     return order[np.array(indices) % len(order)]
 
 
@@ -221,10 +223,10 @@ def provenance(cfg, weights, vae_hash="", seed=0, classes=None):
 COLUMNS = 16  # of a grid with a column for each class
 
 
-def grid_columns(cfg, classes=None):
-    """A column for each class where they are few; else None, a square."""
+def grid_columns(cfg, n, classes=None):
+    """Of n images: a column for each class where they are few, or several; else None, a square."""
     count = len(classes) if classes else cfg.num_classes
-    return count if 1 < count <= COLUMNS else None
+    return count * max(1, math.isqrt(n) // count) if 1 < count <= COLUMNS else None
 
 
 def captions_of(model, indices, cfg, classes=None, seed=0):
@@ -236,14 +238,14 @@ def captions_of(model, indices, cfg, classes=None, seed=0):
     return [names.get(label, str(label)) for label in labels.tolist()]
 
 
-def show_steps(before, cfg):
-    """A function to watch one call of a sampler with: on rank 0 it shows each step after a text."""
+def show_steps(before, cfg, after=""):
+    """A function to watch one call of a sampler with: rank 0 shows each step, between two texts."""
     if rank_and_size()[0]:
         return lambda level, x: None
     steps = itertools.count(1)
 
     def watch(level, x):
-        configs.live_line(f"{before}, step {next(steps)} of {cfg.sampling_steps}")
+        configs.live_line(f"{before}, step {next(steps)} of {cfg.sampling_steps}{after}")
 
     return watch
 
@@ -251,13 +253,13 @@ def show_steps(before, cfg):
 def save_samples(model, cfg, path, vae=None, n=None, classes=None, seed=0, batch=64):
     """A grid of images 0 to n - 1 (by default four rows of classes, or 36). The processes divide
     them, rank 0 writes; nothing but the grid touches the disk."""
-    columns = grid_columns(cfg, classes)
-    n = n or 4 * (columns or 9)
+    n = n or 4 * (grid_columns(cfg, 1, classes) or 9)
+    columns = grid_columns(cfg, n, classes)
     rank, size = rank_and_size()
     # Every size-th image each, so that the work is even; put together again in order.
     mine = []
     for first in range(rank, n, size * batch):
-        watch = show_steps(f"{len(mine) * size} of {n} images for {Path(path).name}", cfg)
+        watch = show_steps(f"{len(mine) * size} of {n} images", cfg, f", for {Path(path).name}")
         indices = range(first, min(n, first + size * batch), size)
         ((x, _),) = generate(model, cfg, indices, classes, seed, batch, watch)
         mine += [*to_images(x, cfg, vae)]
@@ -272,7 +274,7 @@ def save_gif(model, cfg, path, n, vae=None, classes=None, seed=0):
     frames."""
     process = diffusion.build(cfg)
     frames = []
-    show = show_steps(f"{n} images for {Path(path).name}", cfg)
+    show = show_steps(f"{n} images", cfg, f", for {Path(path).name}")
 
     def watch(level, x):  # at the scale of a clean image
         frames.append(x / math.hypot(*process.scales(level)))
@@ -283,7 +285,7 @@ def save_gif(model, cfg, path, n, vae=None, classes=None, seed=0):
     frames = [frames[k] for k in shown] + [x]
     images = [to_images(x, cfg, vae) for x in frames]
     captions = captions_of(model, range(n), cfg, classes, seed)
-    data.save_gif(images, path, grid_columns(cfg, classes), captions)
+    data.save_gif(images, path, grid_columns(cfg, n, classes), captions)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1078,9 +1080,11 @@ def parse_classes(text, cfg, names=()):
         )
     if text == "all":
         return list(range(cfg.num_classes))
-    number = {name: k for k, name in enumerate(names[: cfg.num_classes])}
-    number |= {str(k): k for k in range(cfg.num_classes)}  # before names that are numbers, too
-    classes = [part.strip() for part in text.split(",")]
+    number = {str(k): k for k in range(cfg.num_classes)}
+    # A name that is a number means the class of this name.
+    number |= {name: k for k, name in enumerate(names[: cfg.num_classes])}
+    classes = [text] if text in number else text.split(",")  # a name may have commas and blanks
+    classes = [part if part in number else part.strip() for part in classes]
     for name in classes:
         if name not in number:
             known = f" or {', '.join(map(configs.short, names[:10]))}" if names else ""
@@ -1171,6 +1175,7 @@ def generate_command(args):
         save_samples(model, cfg, args.out, vae, n, classes, args.seed, args.batch)
     if args.gif and first:
         save_gif(model, cfg, args.gif, min(args.num_images, GIF), vae, classes, args.seed)
+    configs.end_live_line()
     if first:
         for path in filter(None, (folder_of(args), args.out, args.npz, args.gif)):
             print(f"wrote {path}", flush=True)
@@ -1224,7 +1229,7 @@ def many_images(args, model, cfg, vae, classes):
     if args.out:
         grid = np.stack([*read_images(images, min(n, GRID))])
         captions = captions_of(model, range(len(grid)), cfg, classes, args.seed)
-        data.save_grid(grid, args.out, grid_columns(cfg, classes), captions)
+        data.save_grid(grid, args.out, grid_columns(cfg, len(grid), classes), captions)
     if args.npz:
         save_npz(images, n, labels, args.npz)
 

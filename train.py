@@ -724,12 +724,12 @@ class Progress:
         left = (self.total - done) * (time.time() - self.started) / max(done - self.first_step, 1)
         left = round(left)
         parts = [
-            f"{entry['kimg']:.1f} of {self.cfg.kimg:g} kimg",
+            f"{entry['kimg']:.{1 if self.cfg.kimg >= 10 else 3}f} of {self.cfg.kimg:g} kimg",
             f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left",
             f"loss {entry.get('loss', math.nan):.4f}",
+            f"{entry['images_per_s']:.0f} images/s",
             f"lr {entry['lr']:.2e}",
             f"grad {entry.get('grad_norm', math.nan):.3f}",
-            f"{entry['images_per_s']:.0f} images/s",
             f"{entry['memory_gb']:.2f} GB",  # cut off on a narrow terminal
         ]
         if self.skipped:
@@ -1003,6 +1003,7 @@ def train(
     non-finite gradients."""
     out = Path(out)
     device = device or configs.default_device()
+    check_data(cfg, dataset)
     fingerprint = dataset.fingerprint()
     on_rank_0(lambda: check_folder(out, cfg, fingerprint, overwrite))
     with configs.exclusive(out):
@@ -1014,19 +1015,19 @@ def train(
         if start >= total_steps(cfg) and not scores.due(start):
             return None
         progress.start(start)
-        loader = open_loader(dataset, cfg, trainer, start)
         try:
             with StopSignal() as stop:
-                return loop(cfg, out, trainer, progress, loader, vae, scores, start, stop)
+                return loop(cfg, dataset, out, trainer, progress, vae, scores, start, stop)
         except Stopped as stopped:  # in the middle of scores
             return stopped.signal
 
 
-def loop(cfg, out, trainer, progress, loader, vae, scores, start, stop):
+def loop(cfg, dataset, out, trainer, progress, vae, scores, start, stop):
     """The steps from `start` on, and what is due after each -> the number of the signal that ended
     it, or None at the end."""
     total = total_steps(cfg)
     clock = Clock(start)
+    loader = open_loader(dataset, cfg, trainer, start)  # its workers end before `stop` does
     if scores.due(start):  # the run was stopped before, or in the middle of them
         scores.compute(start, stop)
     for step in range(start, total):
@@ -1264,8 +1265,14 @@ def classes_of(dataset, preset):
     return dataset.num_classes if dataset.num_classes > 1 else 0
 
 
-def check_classes(cfg, dataset):
-    """UserError if the network has classes and the data have none, or more."""
+def check_data(cfg, dataset):
+    """UserError if the network takes another size than the data have, or has classes and the data
+    have none, or more."""
+    if dataset.size != cfg.input_size:
+        raise UserError(
+            f"the data are {dataset.size} x {dataset.size}, and this network takes "
+            f"{cfg.input_size} x {cfg.input_size}; open them with that size"
+        )
     if cfg.num_classes and dataset.labels is None:
         raise UserError(
             f"{cfg.data} has no labels, and this network has {cfg.num_classes} classes; sort the "
@@ -1363,9 +1370,7 @@ def describe_classes(usual, now, dataset):
     if not now and count > 1:
         say(f"the network is unconditional and ignores them; --num-classes {count} uses them")
     elif not now and usual:
-        say(
-            f"the network is unconditional, as the data have no two classes (the preset: {usual})"
-        )
+        say(f"the network is unconditional, as the data have no two classes (the preset: {usual})")
     elif now > count:
         say(
             f"the network has {now} classes: those from {count} on have no images and will not be "
@@ -1443,7 +1448,6 @@ def run(args):
     dataset = open_data(name, args)
     cfg = configs.config_from_preset(name, args)
     check_machine(cfg, device)
-    check_classes(cfg, dataset)
     vae = open_vae(cfg, dataset)
     scorer = open_scorer(cfg, vae, force)
     with torch.device("meta"):
@@ -1454,6 +1458,7 @@ def run(args):
         notes = [f"--init-from {init_from} is not used: {out} holds a run, which resumes"]
     elif init_from:
         weights, notes = starting_weights(init_from, network)
+    check_data(cfg, dataset)
     if first:
         describe(name, cfg, network, dataset, device)
         for note in notes:
