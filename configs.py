@@ -842,6 +842,7 @@ def run_command(parser, act, if_out_of_memory="", if_process_lost="", device="au
         end_live_line()
         parser.exit(130, f"{parser.prog}: stopped\n")
     if stopped:
+        ignore_signals()  # schedulers signal more than once
         sys.exit(128 + stopped)
 
 
@@ -876,9 +877,14 @@ def end_on_signals():
                 signal.signal(number, exit_on_signal)
 
 
+def ignore_signals():
+    with contextlib.suppress(ValueError):  # only a main thread may
+        for number in ENDING:
+            signal.signal(number, signal.SIG_IGN)
+
+
 def exit_on_signal(number, frame):
-    for other in ENDING:
-        signal.signal(other, signal.SIG_IGN)  # the first one is enough
+    ignore_signals()  # the first one is enough
     say(f"stopped by {signal.Signals(number).name}")
     sys.exit(128 + number)
 
@@ -890,8 +896,7 @@ def exit_on_signal(number, frame):
 
 def start_worker(_):
     """The first thing that a DataLoader worker does."""
-    for number in ENDING:
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals()
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
