@@ -321,7 +321,7 @@ class Config:
             raise UserError(
                 f"{flag} {short(value)} is unknown; it takes {', '.join(choices)}{hint}"
             )
-        if not self.applies(field):
+        if not applies(field, self.model, self.process):
             if value != field.default:
                 raise UserError(f"{flag} is for {' and '.join(only)}, and this is {here}")
             return  # it is not used here, whatever its range
@@ -334,16 +334,13 @@ class Config:
             if wrong := out_of_range(part, field.metadata):
                 raise UserError(f"{flag} {short(value)} must be {wrong}")
 
-    def applies(self, field):
-        """Does the field mean anything for this network and process?"""
-        return applies(field, self.model, self.process)
-
     def network_options(self):
         """The arguments of the network: the fields of its group, by name, that apply to it."""
         fields = dataclasses.fields(self)
         names = [field.name for field in fields]
         group = fields[names.index("model") + 1 : names.index("process")]
-        return {field.name: getattr(self, field.name) for field in group if self.applies(field)}
+        used = [field.name for field in group if applies(field, self.model, self.process)]
+        return {name: getattr(self, name) for name in used}
 
     def conflicts(self):
         """Sentences about fields that do not fit one another: network, data and training."""

@@ -1079,18 +1079,22 @@ def read_npz(path, size=None):
 def array_names(path):
     """The names of the arrays in an .npz. UserError if it is not one."""
     with open_zip(path, "an .npz file") as archive:
-        return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+        return arrays_in(archive)
+
+
+def arrays_in(archive):
+    return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
 
 
 def read_array(path, name, mapped=False):
     """An array of an .npz; with `mapped`, memory-mapped if it is not compressed. UserError if it is
     not there, or damaged."""
-    names = array_names(path)
-    if name not in names:
-        raise UserError(
-            f"{path} has no array {name} (found: {', '.join(map(short, names[:10])) or 'nothing'})"
-        )
-    with open_zip(path) as archive, parsing(path, f"an .npz file with an array {name}"):
+    kind = f"an .npz file with an array {name}"
+    with open_zip(path, "an .npz file") as archive, parsing(path, kind):
+        names = arrays_in(archive)
+        if name not in names:
+            found = ", ".join(map(short, names[:10])) or "nothing"
+            raise UserError(f"{path} has no array {name} (found: {found})")
         entry = archive.getinfo(f"{name}.npy")
         # Deflate makes nothing smaller than by 1032.
         if entry.file_size > 1032 * entry.compress_size + 1024:

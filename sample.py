@@ -578,16 +578,16 @@ class Inception(nn.Module):
     def forward(
         self, x: torch.Tensor, resize: str = "pytorch"
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x = resize_for_inception(x.float(), resize)  # (B, 3, 299, 299)
+        x = resize_for_inception(x.float(), resize)                        # (B, 3, 299, 299)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B, 64, 147, 147)
-        x = F.max_pool2d(x, 3, stride=2)  # (B, 64, 73, 73)
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))  # (B, 192, 71, 71)
-        x = F.max_pool2d(x, 3, stride=2)  # (B, 192, 35, 35)
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))  # (B, 288, 35, 35)
-        x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))  # (B, 768, 17, 17)
-        spatial = self.Mixed_6d.branch1x1(x)[:, :7]  # (B, 7, 17, 17)
-        x = self.Mixed_6e(self.Mixed_6d(x))  # (B, 768, 17, 17)
-        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))  # (B, 2048, 8, 8)
+        x = F.max_pool2d(x, 3, stride=2)                                   # (B, 64, 73, 73)
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))                      # (B, 192, 71, 71)
+        x = F.max_pool2d(x, 3, stride=2)                                   # (B, 192, 35, 35)
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))                 # (B, 288, 35, 35)
+        x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))                 # (B, 768, 17, 17)
+        spatial = self.Mixed_6d.branch1x1(x)[:, :7]                        # (B, 7, 17, 17)
+        x = self.Mixed_6e(self.Mixed_6d(x))                                # (B, 768, 17, 17)
+        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))                 # (B, 2048, 8, 8)
         return x.float().mean((2, 3)), spatial.permute(0, 2, 3, 1).flatten(1).float()
 
     def logits(self, features):
