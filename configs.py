@@ -129,10 +129,18 @@ class Config:
     """Everything that a run depends on. UserError where values do not fit one another."""
 
     # Data
-    data: str = option("", "shapes, or a folder, .zip, .npz, CIFAR archive or latents")
+    data: str = option(
+        "", "shapes, shapes-set, outlines-set, or a folder, .zip, .npz, CIFAR archive or latents"
+    )
     vae: str = option("", "weights of the autoencoder that turns latents into images")
     xflip: bool = option(False, "mirror half of the images")
     augment: float = option(0.0, "probability of each of EDM's augmentations; pixels only")
+    set_size: int = option(
+        0,
+        "train on sets of N images of a class, each told by the others of its set; 0: no sets",
+        most=1000,
+    )
+    holdout: tuple = option((), "classes kept from training on sets, by number")
     # Network
     model: str = option(
         "diffit",
@@ -149,13 +157,32 @@ class Config:
     num_classes: int = option(
         0, "number of classes; 0: unconditional (by default mostly that of the data)", most=2**20
     )
-    class_dropout_prob: float = option(0.1, "share of labels replaced by the null class (guidance)")
+    token_width: int = option(
+        0, "width of given tokens, in place of classes (by default that of the data)", most=2**16
+    )
+    token_count: int = option(
+        1,
+        "number of given tokens of an image (by default that of the data)",
+        positive=True,
+        most=2**16,
+    )
+    set_depth: int = option(0, "blocks of the encoder of sets; 0: none", most=1000)
+    class_dropout_prob: float = option(
+        0.1, "share of labels, tokens or sets replaced by the null of guidance"
+    )
     learn_sigma: bool = option(False, "also predict the variance, in a second set of channels")
     time_in: str = option(
         "qkv",
         "where the time enters a block (DiffiT Tables 6, 7); none: DDPM++'s own attention",
         choices="qkv token bias mlp none",
         only="diffit unet ddpmpp",
+    )
+    condition_in: str = option(
+        "adaln-zero",
+        "how a DiT's blocks take time and label (DiT Table 4); adaln-zero+cross: adaLN-Zero by the "
+        "time, cross-attention to tokens or sets",
+        choices="adaln-zero adaln cross in-context adaln-zero+cross",
+        only="dit",
     )
     time_embedding: str = option(
         "positional", "how the time is embedded (DiffiT Table 8)", choices="positional fourier none"
@@ -334,6 +361,11 @@ class Config:
             if wrong := out_of_range(part, field.metadata):
                 raise UserError(f"{flag} {short(value)} must be {wrong}")
 
+    @property
+    def guidable(self):
+        """Does the network take a y: classes, tokens or sets?"""
+        return bool(self.num_classes or self.token_width or self.set_depth)
+
     def network_options(self):
         """The arguments of the network: the fields of its group, by name, that apply to it."""
         fields = dataclasses.fields(self)
@@ -353,7 +385,7 @@ class Config:
         for name in ("class_dropout_prob", "dropout", "beta2", "ema_decay"):
             if getattr(self, name) >= 1:
                 yield f"{flag_of(name)} {getattr(self, name)} must be below 1"
-        for name in ("channels", "blocks"):
+        for name in ("channels", "blocks", "holdout"):
             if not all(isinstance(number, int) for number in getattr(self, name)):
                 yield f"{flag_of(name)} {getattr(self, name)} must be whole numbers"
         if self.model == "ddpmpp" and self.time_in not in ("qkv", "none"):
@@ -381,6 +413,25 @@ class Config:
         for name in ("sample_kimg", "save_kimg"):  # files are named by whole thousands of images
             if getattr(self, name) < 1:
                 yield f"{flag_of(name)} {getattr(self, name)} must be 1 or more"
+        told = [flag_of(name) for name in ("num_classes", "token_width") if getattr(self, name)]
+        told += ["--set-depth"] * bool(self.set_depth)
+        if len(told) > 1:
+            yield f"{' and '.join(told)}: a network takes classes, tokens or sets; choose one"
+        if bool(self.set_size) != bool(self.set_depth):
+            yield (
+                f"--set-size {self.set_size} and --set-depth {self.set_depth}: sets need both, 2 "
+                f"images or more and an encoder of 1 block or more"
+            )
+        if self.set_size == 1:
+            yield "--set-size 1: each image is told by the others of its set; give 2 or more"
+        micro = self.micro_batch or self.batch_size
+        if self.set_size and micro % self.set_size:
+            which = "--micro-batch" if self.micro_batch else "--batch-size"
+            yield f"{which} {micro} must be whole sets: a multiple of --set-size {self.set_size}"
+        if self.holdout and not self.set_size:
+            yield "--holdout keeps classes from training on sets, and this run has no --set-size"
+        if self.token_count > 1 and not self.token_width:
+            yield f"--token-count {self.token_count} needs --token-width, too"
         if self.score_every and not self.score_ref:
             yield f"--score-every {self.score_every:g} needs --score-ref FILE, a reference"
         if self.score_ref and not self.score_every:
@@ -407,7 +458,7 @@ class Config:
             yield "--clip-denoised is for pixels, which lie in [-1, 1]; latents do not"
         if self.cfg_schedule == "power-cosine" and self.process != "ddpm":
             yield "--cfg-schedule power-cosine depends on the timestep and needs --process ddpm"
-        if self.cfg_scale != 1 and not self.num_classes:
+        if self.cfg_scale != 1 and not self.guidable:
             yield (
                 f"--cfg-scale {self.cfg_scale:g} guides by classes, and this network has none; "
                 f"leave it out"
@@ -505,6 +556,18 @@ preset(
     kimg=130, batch_size=32, lr=4e-3, lr_rampup_kimg=1, lr_decay="cosine", beta2=0.95,
     grad_clip=1.0, ema_halflife_kimg=3, ema_rampup=0.1,
     workers=1, tick_kimg=2, sample_kimg=26, save_kimg=130,
+)  # fmt: skip
+
+# Sets of the built-in kinds of shapes, each shown once, of which 20 are held out.
+preset(
+    "shapes-set", "this project", None, data="shapes-set", model="dit", input_size=16,
+    patch_size=4, hidden_size=128, depth=4, num_heads=4, embed_gain=4,
+    set_size=6, set_depth=3, holdout=tuple(range(980, 1000)),
+    process="edm", p_mean=-0.2, p_std=1.0, sigma_min=0.05, sigma_max=10,
+    sampler="dpmpp", sampling_steps=18, clip_denoised=True, cfg_scale=2,
+    kimg=200, batch_size=96, lr=3e-3, lr_rampup_kimg=2, lr_decay="cosine", beta2=0.95,
+    grad_clip=1.0, ema_halflife_kimg=4, ema_rampup=0.1,
+    workers=1, tick_kimg=5, sample_kimg=50, save_kimg=200,
 )  # fmt: skip
 
 # For photographs of your own, a few hundred or thousand. Each resolution costs about as much as the
@@ -612,16 +675,43 @@ for size, (depth, width, heads) in DIT_SIZES.items():
                kimg=1_792_000 if best else 102_400)
 preset("dit-xl-2-512", "DiT Table 3", 3.04, DIT, input_size=64, kimg=768_000)
 
+# The other ways of conditioning, after 400k steps and without guidance, where adaLN-Zero (dit-xl-2
+# with --kimg 102400) has 19.47.
+for way, fid, *counts in [("in-context", 35.24, 449, 119.37), ("cross", 26.14, 598, 137.62),
+                          ("adaln", 25.21, 600, 118.56)]:
+    preset(f"dit-xl-2-{way}", "DiT Table 4", fid, DIT, condition_in=way, kimg=102_400, cfg_scale=1)
+    PAPER[f"dit-xl-2-{way}"] = counts
+
 # DiT-XL/2 with its own modulation, or with TMSA in its place: DiffiT's blocks, DiT's training.
 preset("dit-xl-2-1000k",      "DiffiT Fig. 7b", None, DIT, kimg=256_000)
 preset("dit-xl-2-1000k-tmsa", "DiffiT Fig. 7b", None, DIT, model="diffit", kimg=256_000)
 
 # CIFAR-100 in pixels: DiTs of about equal size, traded between width and depth.
-for width, depth, heads in [(450, 6, 9), (384, 12, 6), (440, 6, 8), (420, 6, 6), (512, 4, 8)]:
+CIFAR100_SIZES = [(450, 6, 9), (384, 12, 6), (440, 6, 8), (420, 6, 6), (512, 4, 8)]
+for width, depth, heads in CIFAR100_SIZES:
     preset(f"cifar100-{width}x{depth}", "this project", None, model="dit", num_classes=100,
            learn_sigma=True, patch_size=2, hidden_size=width, depth=depth, num_heads=heads,
            clip_denoised=True, ema_decay=0.9999, xflip=True, lr=1e-4, kimg=102_400, workers=4,
            tick_kimg=50, sample_kimg=1000, save_kimg=5000)
+
+# The same, told what to show by five pictures of a class that it never saw (Giannone et al. 2022;
+# the recipe of the DiTs that followed it: 300k steps of 32 sets). A vector of the condition, or
+# with -lag tokens for cross-attention. The classes are split by superclass. (The sources count
+# 43.5M for 384x12 and 44.9M for 450x6: the first is right but for learned positions and affine
+# norms, the second halves the blocks without widening them.)
+VALIDATION = (3, 42, 43, 88, 97, 15, 19, 21, 31, 38, 26, 45, 77, 79, 99, 36, 50, 65, 74, 80)
+TEST = (4, 30, 55, 72, 95, 6, 7, 14, 18, 24, 34, 63, 64, 66, 75, 2, 11, 35, 46, 98)
+SETS = dict(
+    model="dit", patch_size=2, set_size=6, set_depth=6, holdout=(*VALIDATION, *TEST),
+    diffusion_steps=250, sampler="ddim", sampling_steps=250, clip_denoised=True,
+    batch_size=192, ema_decay=0.9999, lr=1e-4, kimg=57_600, workers=4, tick_kimg=50,
+    sample_kimg=1000, save_kimg=5000,
+)
+for width, depth, heads in CIFAR100_SIZES:
+    preset(f"cifar100-{width}x{depth}-set", "Few-Shot Diffusion Models", None, SETS,
+           hidden_size=width, depth=depth, num_heads=heads)
+preset("cifar100-450x6-set-lag", "Few-Shot Diffusion Models", None,
+       dict(SETS, hidden_size=450, depth=6, num_heads=9), condition_in="adaln-zero+cross")
 # fmt: on
 
 
@@ -631,8 +721,9 @@ for width, depth, heads in [(450, 6, 9), (384, 12, 6), (440, 6, 8), (420, 6, 6),
 
 def config_from_preset(name, given):
     """The preset with the fields that were given (a dict). A field that the preset set for another
-    network or process, and that the given ones make meaningless, falls back to its default; so does
-    guidance without classes. UserError for an unknown preset or values that do not fit."""
+    network or process, and that the given ones make meaningless, falls back to its default; so do
+    classes beside tokens or sets, and guidance without any of them. UserError for an unknown preset or values that do not fit.
+    """
     if name not in PRESETS:
         raise UserError(
             f"unknown preset {short(name)}{nearest(name, PRESETS)} (python configs.py lists them)"
@@ -642,7 +733,10 @@ def config_from_preset(name, given):
         used = applies(field, values["model"], values["process"])
         if not used and field.name not in given:
             values[field.name] = field.default
-    if not values["num_classes"] and "cfg_scale" not in given:
+    told = values["token_width"] or values["set_depth"]
+    if told and "num_classes" not in given:
+        values["num_classes"] = 0
+    if not told and not values["num_classes"] and "cfg_scale" not in given:
         values["cfg_scale"] = 1.0
     return Config(**values)
 

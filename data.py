@@ -1,13 +1,15 @@
 """Files to tensors and back: images, weights, data sets, latents; `python data.py prepare|latents`.
 
-A data set has len(), name(i), labels ((n,) int64 or None), class_names, and example(i, mirrored,
-rng) -> the tensor that a network is trained on. Data sets of images are an `ImageDataset`, which
-needs only read(i): the built-in `Shapes`, `ImageFiles` (a folder or a .zip), `ImageArray` (an .npz,
-the CIFAR archives), or your own. `Latents` holds the `VAE`'s output for such a data set.
-`open_dataset` finds out which of them a path is.
+A data set has len(), name(i), labels ((n,) int64 or None), class_names, tokens ((n, M, E) floats
+that describe each image, or None), and example(i, mirrored, rng) -> the tensor that a network is
+trained on. Data sets of images are an `ImageDataset`, which needs only read(i): the built-in
+`Shapes` and `ShapeKinds`, `ImageFiles` (a folder or a .zip), `ImageArray` (an .npz, the CIFAR
+archives), or your own. `Latents` holds the `VAE`'s output for such a data set. `open_dataset` finds
+out which of them a path is, and `OfClasses` is the part of one that shows some classes.
 
-`ShuffledStream` puts a data set in the endless order of training; `IndexedImages` reads its images
-by index. Both skip images that cannot be read, and `UnreadableImages` counts these.
+`ShuffledStream` puts a data set in the endless order of training, with sets of one class if asked
+for; `IndexedImages` reads its images by index. Both skip images that cannot be read, and
+`UnreadableImages` counts these.
 """
 
 import argparse
@@ -70,8 +72,8 @@ EXTENSIONS = sorted(end for end, kind in Image.registered_extensions().items() i
 # Pillow itself refuses images above 179 million pixels, and warns of those with half as many.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 IMAGE_KINDS = (
-    "'shapes', a folder of images (sub-folders are classes), a .zip of images, an .npz or a "
-    "CIFAR-10/100 binary archive"
+    "'shapes', 'shapes-set', 'outlines-set', a folder of images (sub-folders are classes), a .zip "
+    "of images, an .npz or a CIFAR-10/100 binary archive"
 )
 KINDS = f"{IMAGE_KINDS}, or a folder of latents made by data.py latents"
 
@@ -661,6 +663,7 @@ class ImageDataset:
     and optionally the names of the classes, where the labels come from, and content()."""
 
     labels = None
+    tokens = None
     labels_from = ""  # "sub-folders", "dataset.json", "arr_1", "the archive"
     class_names = ()
     left_out = ""  # files that are no images, counted
@@ -676,6 +679,9 @@ class ImageDataset:
     def summary(self):
         """What was found, in one line."""
         text = f"{len(self)} images"
+        if self.tokens is not None:
+            count, width = self.tokens.shape[1:]
+            text += f" with {count} token{'s' * (count > 1)} each of width {width}"
         if self.labels is not None:
             names = [f"{k} {short(name)}" for k, name in enumerate(self.class_names)]
             shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
@@ -700,6 +706,30 @@ class ImageDataset:
     def fingerprint(self) -> str:
         """16 hex digits by which a resumed run recognises its data, also after a move."""
         return content_hash(len(self), list(self.class_names), self.labels, self.content())
+
+
+class OfClasses(ImageDataset):
+    """The images of a data set that show these classes, with the numbers and names they have there.
+    UserError if it has none of one of them."""
+
+    def __init__(self, dataset, classes):
+        self.dataset = dataset
+        self.size = dataset.size
+        self.indices = np.flatnonzero(np.isin(dataset.labels, classes))
+        self.labels = dataset.labels[self.indices]
+        self.class_names = dataset.class_names
+        empty = sorted(set(classes).difference(self.labels.tolist()))
+        if empty:
+            raise UserError(f"there are no images of class {empty[0]}")
+
+    def __len__(self):
+        return len(self.indices)
+
+    def name(self, i):
+        return self.dataset.name(self.indices[i])
+
+    def read(self, i):
+        return self.dataset.read(self.indices[i])
 
 
 def content_hash(*parts):
@@ -775,24 +805,93 @@ class Shapes(ImageDataset):
 
     def read(self, i):
         rng = np.random.default_rng([self.seed, i])
-        radius, tilt, hue, saturation, value, right, down = rng.uniform(
-            [0.36, -0.2, 0, 0.75, 0.85, 0, 0], [0.45, 0.2, 1, 1, 1, 1, 1]
-        )
-        ground = rng.uniform(0.2, 0.32, 3)
-        colour = np.array(colorsys.hsv_to_rgb(hue, saturation, value))
-        # Lengths are fractions of the image; the shape stays inside, 0.02 off the border.
-        centre = radius + 0.02 + (0.96 - 2 * radius) * np.array([right, down])
-        cos, sin = math.cos(tilt), math.sin(tilt)
-        turn = np.array([[cos, sin], [-sin, cos]])
-        # Drawn four times too large and averaged down, for smooth edges.
-        side = 4 * self.size
-        mask = Image.new("L", (side, side))
-        pen = ImageDraw.Draw(mask)
-        for points, fill in self.outlines[self.class_names[self.labels[i]]]:
-            corners = (points @ turn * radius + centre) * 4 * self.size
-            pen.polygon(corners.ravel().tolist(), fill=255 * fill)
-        alpha = np.asarray(mask.reduce(4), dtype=np.float32)[:, :, None] / 255  # (size, size, 1)
-        return np.round(255 * (ground + alpha * (colour - ground))).astype(np.uint8)
+        look = random_look(rng)
+        return draw(self.outlines[self.class_names[self.labels[i]]], self.size, *look)
+
+
+def random_look(rng):
+    """Of a shape in one picture -> radius, tilt, colour, ground, place."""
+    radius, tilt, hue, saturation, value, right, down = rng.uniform(
+        [0.36, -0.2, 0, 0.75, 0.85, 0, 0], [0.45, 0.2, 1, 1, 1, 1, 1]
+    )
+    ground = rng.uniform(0.2, 0.32, 3)
+    colour = np.array(colorsys.hsv_to_rgb(hue, saturation, value))
+    return radius, tilt, colour, ground, (right, down)
+
+
+def draw(polygons, size, radius, tilt, colour, ground, place):
+    """Polygons in the unit circle, to fill or to cut out -> uint8 (size, size, 3). Lengths are
+    fractions of the image; the shape stays inside, 0.02 off the border."""
+    centre = radius + 0.02 + (0.96 - 2 * radius) * np.array(place)
+    cos, sin = math.cos(tilt), math.sin(tilt)
+    turn = np.array([[cos, sin], [-sin, cos]])
+    # Drawn four times too large and averaged down, for smooth edges.
+    side = 4 * size
+    mask = Image.new("L", (side, side))
+    pen = ImageDraw.Draw(mask)
+    for points, fill in polygons:
+        corners = (points @ turn * radius + centre) * 4 * size
+        pen.polygon(corners.ravel().tolist(), fill=255 * fill)
+    alpha = np.asarray(mask.reduce(4), dtype=np.float32)[:, :, None] / 255  # (size, size, 1)
+    return np.round(255 * (ground + alpha * (colour - ground))).astype(np.uint8)
+
+
+class ShapeKinds(ImageDataset):
+    """The built-in sets: any number of kinds of shapes, of which class k has the outline that
+    follows from k. Image i depends on (seed, i) alone and shows the kinds in turn, at a random
+    place and tilt. coloured: a kind also has a colour and a size of its own, which its images share
+    but for a little; otherwise all have the same colours, and sizes are random. kinds: how many, or
+    which."""
+
+    def __init__(self, size=32, kinds=1000, each=24, seed=0, coloured=True):
+        self.size = size
+        self.seed = seed
+        self.coloured = coloured
+        self.labels = np.tile(np.arange(kinds) if isinstance(kinds, int) else kinds, each)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def content(self):
+        return self.seed, self.coloured
+
+    def read(self, i):
+        rng = np.random.default_rng([self.seed, i])
+        radius, tilt, colour, ground, place = random_look(rng)
+        kind = np.random.default_rng([2, int(self.labels[i])])
+        outline = random_outline(kind)
+        if self.coloured:
+            hue = kind.uniform() + rng.normal(0, 0.01)
+            colour = np.array(colorsys.hsv_to_rgb(hue % 1, kind.uniform(0.3, 1), colour.max()))
+            radius = kind.uniform(0.2, 0.45) * rng.uniform(0.96, 1.04)
+        else:
+            colour = np.array([0.98, 0.8, 0.35])
+            ground = np.array([0.2, 0.22, 0.3])
+        return draw([(outline, 1)], self.size, radius, tilt, colour, ground, place)
+
+
+def random_outline(rng):
+    """A polygon, a star or a blob, the farthest point at a distance of 1: (K, 2)."""
+    family = rng.integers(3)
+    if family == 0:
+        corners = rng.integers(3, 7)
+        angle = 2 * np.pi * (np.arange(corners) + rng.uniform(-0.25, 0.25, corners)) / corners
+        radius = rng.uniform(0.5, 1, corners)
+    elif family == 1:
+        corners = 2 * rng.integers(3, 8)
+        angle = 2 * np.pi * np.arange(corners) / corners
+        radius = np.where(np.arange(corners) % 2, rng.uniform(0.25, 0.65), 1)
+    else:
+        angle = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+        waves = np.arange(1, 6)[:, None]
+        height = rng.normal(0, 0.35, (5, 1)) / np.sqrt(waves)
+        phase = rng.uniform(0, 2 * np.pi, (5, 1))
+        radius = np.exp((height * np.cos(waves * angle + phase)).sum(0))
+    points = radius[:, None] * np.stack([np.sin(angle), -np.cos(angle)], axis=1)
+    points = points * (1, rng.uniform(0.55, 1))
+    turn = rng.uniform(0, 2 * np.pi)
+    points = points @ [[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]]
+    return points / np.linalg.norm(points, axis=1).max()
 
 
 class ImageFiles(ImageDataset):
@@ -1031,12 +1130,13 @@ class MappedArray(np.memmap):
 
 
 class ImageArray(ImageDataset):
-    """Images in one array: images (n, H, W, 3) uint8, labels (n,) or None. Without a size, they
-    must be squares."""
+    """Images in one array: images (n, H, W, 3) uint8, labels (n,) or None, tokens (n, M, E) or
+    None. Without a size, they must be squares."""
 
-    def __init__(self, images, labels, size=None, class_names=(), labels_from=""):
+    def __init__(self, images, labels, size=None, class_names=(), labels_from="", tokens=None):
         self.images = images
         self.labels = labels
+        self.tokens = tokens
         self.class_names = list(class_names)
         self.labels_from = labels_from if labels is not None else ""
         self.size = size or square(images.shape[2], images.shape[1], "each of these images")
@@ -1046,7 +1146,8 @@ class ImageArray(ImageDataset):
 
     def content(self):
         few = np.linspace(0, len(self) - 1, 16).astype(int)
-        return np.asarray(self.images[few])
+        images = np.asarray(self.images[few])
+        return images if self.tokens is None else (images, np.asarray(self.tokens[few]).tolist())
 
     def read(self, i):
         image = np.asarray(self.images[i])
@@ -1056,24 +1157,57 @@ class ImageArray(ImageDataset):
 
 
 def read_npz(path, size=None):
-    """arr_0, uint8 NHWC, and arr_1, labels, of an .npz (the form of ADM's samples) -> ImageArray.
-    An uncompressed arr_0 stays in the file, memory-mapped."""
+    """arr_0, uint8 NHWC, and arr_1 of an .npz (the form of ADM's samples) -> ImageArray. arr_1
+    holds labels (n,), or tokens (n, E) or (n, M, E) of floats. Uncompressed arrays stay in the
+    file, memory-mapped."""
     images = read_array(path, "arr_0", mapped=True)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
         raise UserError(
             f"arr_0 in {path} is {images.dtype} {images.shape}, not uint8 (n, height, width, 3)"
         )
-    labels = read_array(path, "arr_1") if "arr_1" in array_names(path) else None
+    labels = read_array(path, "arr_1", mapped=True) if "arr_1" in array_names(path) else None
+    n = len(images)
+    if labels is not None and labels.dtype.kind == "f":
+        tokens = as_tokens(labels, path, "arr_1")
+        if len(tokens) != n:
+            raise UserError(f"arr_1 in {path} has tokens of {len(tokens)} images, and arr_0 {n}")
+        return ImageArray(images, None, size, tokens=tokens)
     if labels is not None:
-        n = len(images)
         whole = labels.shape == (n,) and labels.dtype.kind in "iu"
         if not whole or labels.min() < 0 or labels.max() >= MOST_CLASSES:
             kind = f"{labels.dtype} {labels.shape}"
             if whole:
                 kind = f"from {labels.min()} to {labels.max()}"
-            raise UserError(f"arr_1 in {path} is {kind}, not class numbers of the {n} images")
-        labels = labels.astype(np.int64)
+            raise UserError(
+                f"arr_1 in {path} is {kind}, not class numbers of the {n} images, nor tokens"
+            )
+        labels = np.array(labels, np.int64)  # in memory
     return ImageArray(images, labels, size, labels_from="arr_1")
+
+
+def as_tokens(array, path, name):
+    """An array (n, E) or (n, M, E) of floats -> (n, M, E). UserError for anything else."""
+    if array.ndim == 2:
+        array = array[:, None]
+    if array.ndim != 3 or array.dtype not in (np.float16, np.float32, np.float64) or not array.size:
+        raise UserError(
+            f"{name} in {path} is {array.dtype} {array.shape}, not tokens: floats (n, width) or "
+            f"(n, number, width)"
+        )
+    return array
+
+
+def read_tokens(path):
+    """The tokens in an .npz: arr_1, as beside images, or else its only array -> (n, M, E) fp32.
+    UserError if they are not finite, or if there are none."""
+    if not os.path.isfile(path):
+        raise UserError(f"there is no file {path}; expected an .npz of tokens")
+    names = array_names(path)
+    name = names[0] if len(names) == 1 else "arr_1"
+    tokens = as_tokens(read_array(path, name), path, name).astype(np.float32)
+    if not np.isfinite(tokens).all():
+        raise UserError(f"{name} in {path} holds numbers that are not finite")
+    return tokens
 
 
 def array_names(path):
@@ -1187,6 +1321,7 @@ class Latents:
                         class_names
         moments.npy     (n, 2, 2, C, g, g) fp16: plain or mirrored, mean or log-variance
         labels.npy      (n,) int64, -1 where the images have none
+        tokens.npy      (n, M, E) floats, where the images have tokens
         state.npy       (n,) uint8, TO_DO, DONE or UNREADABLE
 
     An example is a fresh sample of the posterior, (C, g, g) fp32, scaled. UserError if the folder
@@ -1226,6 +1361,12 @@ class Latents:
             raise UserError(f"{path} holds no latents: none of its images could be read")
         labels = labels[self.kept]
         self.labels = None if (labels < 0).any() else labels
+        self.tokens = None
+        if (self.path / "tokens.npy").exists():
+            tokens = load_array(self.path / "tokens.npy", mapped=True)
+            if as_tokens(tokens, path, "tokens.npy").shape[:1] != (n,) or tokens.ndim != 3:
+                raise UserError(f"{path} is damaged: tokens.npy is of other images; make it again")
+            self.tokens = tokens if len(self.kept) == n else np.array(tokens[self.kept])
         self.class_names = self.header.get("class_names", [])
 
     num_classes = ImageDataset.num_classes
@@ -1279,6 +1420,8 @@ def open_dataset(path: str | Path, size: int | None = None) -> ImageDataset | La
     path = str(path)
     if path == "shapes":
         return Shapes(size or 32)
+    if path in ("shapes-set", "outlines-set"):
+        return ShapeKinds(size or 32, coloured=path == "shapes-set")
     if not os.path.isdir(path) and not os.path.isfile(path):
         raise UserError(f"there is no data at {path}; expected {KINDS}")
     if is_latents(path):
@@ -1297,46 +1440,91 @@ def open_dataset(path: str | Path, size: int | None = None) -> ImageDataset | La
 
 
 class ShuffledStream(torch.utils.data.Dataset):
-    """A data set in training order: place 0, 1, 2, ... without end -> example, label, unreadable.
+    """A data set in training order: place 0, 1, 2, ... without end -> example, label or tokens,
+    unreadable.
 
-    Each run of n places is one shuffle of the n images. The image at a place, whether it is
-    mirrored, and the noise of a latent depend on (seed, place) alone: nothing needs saving for a
-    resume, and neither the number of processes nor of workers matters. An unreadable image gives
-    way to the next one of the shuffle; `unreadable` lists (name, why) of those skipped."""
+    Each run of n places is one shuffle of the n images. With set_size, each run of that many places
+    is a set of images of one class, none of the classes in holdout: an epoch shuffles every class
+    and cuts it into sets, then shuffles the sets; what is left of a class waits for the next epoch.
 
-    def __init__(self, dataset, seed=0, xflip=False):
+    The image at a place, whether it is mirrored, and the noise of a latent depend on (seed, place)
+    alone: nothing needs saving for a resume, and neither the number of processes nor of workers
+    matters. An unreadable image gives way to the next one of the shuffle, in a set to one of its
+    class outside the set; `unreadable` lists (name, why) of those skipped."""
+
+    def __init__(self, dataset, seed=0, xflip=False, set_size=0, holdout=()):
         self.dataset = dataset
         self.seed = seed
         self.xflip = xflip
-        self.epoch = None  # whose shuffle is in memory
-        self.order = None  # (n,)
+        self.set_size = set_size
+        self.classes = []  # the images of each class that sets are made of
+        self.length = len(dataset)  # of an epoch
+        if set_size:
+            by_class = np.argsort(dataset.labels, kind="stable")
+            _, starts = np.unique(dataset.labels[by_class], return_index=True)
+            classes = np.split(by_class, starts[1:])
+            self.classes = [c for c in classes if dataset.labels[c[0]] not in holdout]
+            self.length = sum(len(c) // set_size * set_size for c in self.classes)
+        self.epoch = None  # whose order is in memory
+        self.order = None  # (length,) images
+        self.members = None  # for each set, its class as it was shuffled, and where in it it begins
 
     def __getitem__(self, place):
-        n = len(self.dataset)
-        epoch, k = divmod(place, n)
+        epoch, k = divmod(place, self.length)
         if epoch != self.epoch:
             self.epoch = epoch
-            self.order = np.random.default_rng([self.seed, epoch]).permutation(n)
+            self.shuffle(np.random.default_rng([self.seed, epoch]))
         # Random numbers of their own for the shuffle, the mirroring and the example.
         mirrored = self.xflip and np.random.default_rng([self.seed, 1, place]).random() < 0.5
         rng = np.random.default_rng([self.seed, 2, place])
         unreadable = []
-        while len(unreadable) <= max_unreadable(n):
-            i = self.order[(k + len(unreadable)) % n]
+        for i in itertools.islice(self.candidates(k), max_unreadable(len(self.dataset)) + 1):
             try:
+                if not np.isfinite(self.label(i)).all():
+                    raise UnreadableImage("its tokens are not finite")
                 return self.dataset.example(i, mirrored, rng), self.label(i), unreadable
             except (UnreadableImage, OSError) as error:
                 unreadable.append((self.dataset.name(i), first_line(error)))
         return self.dataset.blank(), self.label(i), unreadable  # the list ends the run
 
+    def shuffle(self, rng):
+        """Draw the order of an epoch."""
+        n = self.set_size
+        if not n:
+            self.order = rng.permutation(self.length)
+            return
+        shuffled = [rng.permutation(c) for c in self.classes]
+        sets = [(c, first) for c in shuffled for first in range(0, len(c) - n + 1, n)]
+        self.members = [sets[k] for k in rng.permutation(len(sets))]
+        self.order = np.concatenate([c[first : first + n] for c, first in self.members])
+
+    def candidates(self, k):
+        """The image at place k of the epoch, then those that stand in for it if it is unreadable,
+        each in its turn."""
+        if not self.set_size:
+            yield from itertools.chain(self.order[k:], self.order[:k])
+            return
+        n = self.set_size
+        members, first = self.members[k // n]
+        own = members[first : first + n]
+        others = np.concatenate([members[first + n :], members[:first]])
+        # From a place of its own for each image of the set, so that two do not find the same.
+        begin = k % n
+        yield from itertools.chain(
+            own[begin : begin + 1], others[begin:], others[:begin], np.roll(own, -begin - 1)[:-1]
+        )
+
     def label(self, i):
-        return -1 if self.dataset.labels is None else int(self.dataset.labels[i])
+        """Its tokens (M, E), or its class, or -1 where it has neither."""
+        if self.dataset.tokens is not None:
+            return np.asarray(self.dataset.tokens[i], np.float32)
+        return np.int64(-1 if self.dataset.labels is None else self.dataset.labels[i])
 
 
 def loader(dataset, batches, workers, pin_memory=False):
-    """Over `batches`, an iterable of lists of places: examples (b, C, H, W), labels (b,),
-    unreadable. Workers send numpy arrays, through a pipe: tensors would need room in /dev/shm, of
-    which a container may have very little."""
+    """Over `batches`, an iterable of lists of places: examples (b, C, H, W), labels (b,) or tokens
+    (b, M, E), unreadable. Workers send numpy arrays, through a pipe: tensors would need room in
+    /dev/shm, of which a container may have very little."""
     workers = worker_count(workers)
     batches = torch.utils.data.DataLoader(
         dataset,
@@ -1353,7 +1541,7 @@ def loader(dataset, batches, workers, pin_memory=False):
 
 def collate(items):
     examples, labels, unreadable = zip(*items)
-    return torch.stack(examples).numpy(), np.array(labels, np.int64), sum(unreadable, [])
+    return torch.stack(examples).numpy(), np.stack(labels), sum(unreadable, [])
 
 
 class IndexedImages(torch.utils.data.Dataset):
@@ -1578,7 +1766,7 @@ def image_grid(images, columns=None, captions=None):
     rows = [range(k, min(k + columns, n)) for k in range(0, n, columns)]
     texts = [[captions[k] for k in row] if captions else [] for row in rows]
     captioned = [text != above[: len(text)] for above, text in zip([[], *texts], texts)]
-    zoom = max(1, 64 // width)
+    zoom = max(1, 64 // height)
     gap = 2  # pixels of white
     line = 13  # height of a caption
     step_x = zoom * width + gap
@@ -1647,6 +1835,8 @@ def prepare(source, dest, size, workers=2):
         raise UserError(f"{dest} exists; remove it or choose another name")
     check_parent(dest)
     dataset = open_images(source, size)
+    if dataset.tokens is not None:
+        raise UserError(f"{source} has tokens, which a .zip cannot hold; train on it as it is")
     say(dataset.summary())
     labels = []
     unreadable = UnreadableImages(dataset)
@@ -1715,7 +1905,7 @@ def cache_latents(source, dest, vae, size, batch=8, workers=2, bf16=False):
     shape = (len(dataset), 2, 2, vae.post_quant_conv.in_channels, grid, grid)
     on_rank_0(lambda: check_folder(dest, header))
     with exclusive(dest):
-        if on_rank_0(lambda: start_or_resume(dest, header, shape, dataset.labels)):
+        if on_rank_0(lambda: start_or_resume(dest, header, shape, dataset)):
             if rank == 0:
                 say(f"{dest} is complete")
             return
@@ -1736,18 +1926,21 @@ def check_folder(dest, header):
             )
     elif dest.exists():
         # A run that was stopped right at its start has left some of these.
-        ours = {*UNSEEN, "moments.npy", "labels.npy", "state.npy"}
+        ours = {*UNSEEN, "moments.npy", "labels.npy", "tokens.npy", "state.npy"}
         if not dest.is_dir() or {path.name for path in dest.iterdir()} - ours:
             raise UserError(f"{dest} exists and holds no latents; remove it or choose another name")
 
 
-def start_or_resume(dest, header, shape, labels):
+def start_or_resume(dest, header, shape, dataset):
     """Make the files, of which the header is the last, unless they are there -> are all done?"""
     check_folder(dest, header)  # now that no other process can change it
     if is_latents(dest):
         return bool(load_array(dest / "state.npy").all())
     allocate(dest / "moments.npy", shape, np.float16)
+    labels = dataset.labels
     np.save(dest / "labels.npy", np.full(shape[0], -1, np.int64) if labels is None else labels)
+    if dataset.tokens is not None:
+        np.save(dest / "tokens.npy", dataset.tokens)
     np.save(dest / "state.npy", np.full(shape[0], TO_DO, np.uint8))
     write_text(dest / "latents.json", json.dumps(header, indent=1))
     return False

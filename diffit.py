@@ -4,7 +4,9 @@ Every network is called model(x, t, y=None, augmented=None):
 
     x (B, C, H, W)  noised images or latents
     t (B,)          the noise level as the process states it: a timestep, EDM's ln(sigma) / 4, ...
-    y (B,)          class indices; the index num_classes, or no y at all, means "no class"
+    y               what to show, or None for anything. Classes: indices (B,), of which num_classes
+                    means "no class". Tokens (B, M, E): a text's embeddings, say; in networks with a
+                    set encoder the `context` of a few pictures
     augmented       (B, 9), the labels of EDM's augmentation; only in networks built for it
 
 and returns (B, C, H, W), or (B, 2C, H, W) with learn_sigma. The file goes from parts to wholes:
@@ -13,7 +15,8 @@ the paper compares these with, and last `build`, which turns a Config into a net
 
 In comments: B images, N tokens on a g x g grid, D width, h heads, windows of w x w tokens and
 n x n of them on a grid, and c (B, D), in U-Nets (B, cond_size), the condition: the embeddings of
-time, label and augmentation, added up. Where a comment says "time", it means c.
+time and augmentation plus that of y, of whose M tokens it is the mean (a label has one). Where a
+comment says "time", it means c.
 """
 
 import math
@@ -90,8 +93,11 @@ class NoEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """y (B,) in 0..num_classes -> (B, dim). The last row is the null class of classifier-free
-    guidance (Ho & Salimans 2022); in training each label becomes it with probability `dropout`."""
+    """y (B,) in 0..num_classes -> one token each, (B, 1, dim). The last row is the null class of
+    classifier-free guidance (Ho & Salimans 2022); in training each label becomes it with
+    probability `dropout`."""
+
+    shape = ()                                                          # of y, for one image
 
     def __init__(self, num_classes, dim, dropout):
         super().__init__()
@@ -104,7 +110,33 @@ class LabelEmbedder(nn.Module):
         if self.training and self.dropout > 0:
             drop = torch.rand(len(y), device=y.device) < self.dropout
             y = torch.where(drop, self.num_classes, y)
-        return self.embedding_table(y)
+        return self.embedding_table(y)[:, None]
+
+    def null(self, shape):
+        """The y that means no class: of this shape, the null class."""
+        return torch.full(shape, self.num_classes, device=self.embedding_table.weight.device)
+
+
+class TokenEmbedder(nn.Module):
+    """y (B, M, width) -> (B, M, dim), each token mapped by itself. A learned null token takes the
+    place of all tokens of an image, in training with probability `dropout`. count: the usual M."""
+
+    def __init__(self, width, count, dim, dropout):
+        super().__init__()
+        self.shape = count, width                                       # of y, for one image
+        self.dropout = dropout
+        self.null_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.proj = nn.Linear(width, dim)
+
+    def forward(self, y):
+        if self.training:  # also without dropout: the null token, too, has a gradient in each step
+            drop = torch.rand(len(y), 1, 1, device=y.device) < self.dropout
+            y = torch.where(drop, self.null_token, y)
+        return self.proj(y)
+
+    def null(self, shape):
+        """The y that means no tokens: of this shape, all of them null tokens."""
+        return self.null_token.expand(shape)
 
 
 class PatchEmbed(nn.Module):
@@ -151,6 +183,27 @@ class Attention(nn.Module):
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # each (B, h, N, D/h)
+        x = F.scaled_dot_product_attention(q, k, v)                     # (B, h, N, D/h)
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+
+
+class CrossAttention(nn.Module):
+    """Every token looks at the tokens of another sequence, as at the text in Rombach et al. 2022.
+    x (B, N, D), c (B, M, D) -> (B, N, D)."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        check_heads(dim, num_heads)
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, c):
+        B, N, D = x.shape
+        q = self.q(x).view(B, N, self.num_heads, -1).transpose(1, 2)    # (B, h, N, D/h)
+        kv = self.kv(c).view(B, c.shape[1], 2, self.num_heads, -1)
+        k, v = kv.permute(2, 0, 3, 1, 4)                                # each (B, h, M, D/h)
         x = F.scaled_dot_product_attention(q, k, v)                     # (B, h, N, D/h)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
@@ -303,16 +356,28 @@ def modulate(x, shift, scale):
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-class DiTBlock(Block):
-    """adaLN-Zero (DiT Sec. 3.2): the condition shifts, scales and gates both halves of the block.
-    The gates start at zero, so a fresh block is the identity."""
+class ViTBlock(Block):
+    """The plain transformer block (Dosovitskiy et al. 2021), which knows no condition:
+    x = attention(LN(x)) + x;  x = MLP(LN(x)) + x. (B, N, D) -> (B, N, D)."""
 
-    def __init__(self, dim, num_heads, mlp_ratio, grid):
+    def __init__(self, dim, num_heads, mlp_ratio, grid=0):
         super().__init__()
         self.norm1 = layer_norm(dim)
         self.norm2 = layer_norm(dim)
         self.attn = Attention(dim, num_heads)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x, c=None):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class DiTBlock(ViTBlock):
+    """adaLN-Zero (DiT Sec. 3.2): the condition c (B, D) shifts, scales and gates both halves of the
+    block. The gates start at zero, so a fresh block is the identity."""
+
+    def __init__(self, dim, num_heads, mlp_ratio, grid=0):
+        super().__init__(dim, num_heads, mlp_ratio)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x, c):
@@ -335,14 +400,23 @@ class DiffiTHead(nn.Module):
         return self.linear(F.silu(self.norm(x)))
 
 
-class DiTHead(nn.Module):
-    """Tokens to pixels: LN, modulated by the condition, then a linear map.
-    (B, N, D) -> (B, N, out)"""
+class ViTHead(nn.Module):
+    """Tokens to pixels: LN, then a linear map. (B, N, D) -> (B, N, out)"""
 
     def __init__(self, dim, out):
         super().__init__()
         self.norm = layer_norm(dim)
         self.linear = nn.Linear(dim, out)
+
+    def forward(self, x, c):
+        return self.linear(self.norm(x))
+
+
+class DiTHead(ViTHead):
+    """The same, with the norm shifted and scaled by the condition c (B, D)."""
+
+    def __init__(self, dim, out):
+        super().__init__(dim, out)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
     def forward(self, x, c):
@@ -354,17 +428,58 @@ class DiTHead(nn.Module):
 # What all networks share, and the latent ones
 
 
+class SetEncoder(nn.Module):
+    """A vision transformer that reads the pictures of a set, each by itself: (B, C, H, W) ->
+    (B, M, D), a token for each patch. The last norm makes them as large as a time embedding from
+    the start; without it they are small for long, and the network does not use them."""
+
+    def __init__(self, input_size, patch_size, in_channels, dim, depth, num_heads):
+        super().__init__()
+        self.grid = input_size // patch_size
+        self.patches = PatchEmbed(patch_size, in_channels, dim)
+        self.register_buffer("pos_embed", sincos_2d(dim, self.grid))
+        self.blocks = nn.ModuleList(ViTBlock(dim, num_heads, mlp_ratio=4) for _ in range(depth))
+        self.norm = layer_norm(dim)
+
+    def forward(self, x):
+        x = self.patches(x) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+def summed(time, tokens):
+    """The embeddings of time (B, D) and y (B, M, D) -> one vector (B, D): of several tokens, the
+    mean counts."""
+    return time + tokens.mean(1) if tokens.shape[1] else time
+
+
+def listed(time, tokens):
+    """The same -> a list of tokens (B, 1 + M, D), the time's first."""
+    return torch.cat([time[:, None], tokens], dim=1)
+
+
 class Network(nn.Module):
-    """What all networks here have: the condition c, the sum of the embeddings of time, label and
-    augmentation, and the way that weights start."""
+    """What all networks here have: the embeddings of time, y and augmentation, the condition that
+    they add up to, and the way that weights start."""
 
     class_names = ()                                                    # where they are known
 
     def add_condition(
-        self, dim, time_embedding, num_classes, class_dropout_prob, augment, sinusoids=256
+        self,
+        dim,
+        time_embedding,
+        num_classes,
+        class_dropout_prob,
+        augment,
+        token_width=0,
+        token_count=1,
+        set_encoder=None,
+        sinusoids=256,
     ):
-        """Make the embeddings, each (B, ...) -> (B, dim). time_embedding: "positional", "fourier"
-        or "none"; augment: whether to take the nine augmentation labels of EDM (App. F.2).
+        """Make the embeddings, of width dim. time_embedding: "positional", "fourier" or "none". y
+        is one of num_classes, or token_count tokens of token_width, or what the set_encoder makes
+        of pictures. augment: whether to take the nine augmentation labels of EDM (App. F.2).
 
         Not in __init__, because optimizer states know parameters by the order they are made in, and
         some networks make others first.
@@ -377,26 +492,52 @@ class Network(nn.Module):
         self.num_classes = num_classes
         self.t_embedder = lookup("time_embedding", time_embedding, embedders)(dim, sinusoids)
         self.y_embedder = None
+        self.set_encoder = set_encoder
+        if set_encoder is not None:
+            token_width = dim
+            token_count = set_encoder.grid**2
         if num_classes:
             self.y_embedder = LabelEmbedder(num_classes, dim, class_dropout_prob)
+        elif token_width:
+            self.y_embedder = TokenEmbedder(token_width, token_count, dim, class_dropout_prob)
         self.augment_embedder = nn.Linear(9, dim, bias=False) if augment else None
 
-    def condition(self, t, y=None, augmented=None):
-        """t (B,), y (B,) or None for no class, augmented (B, 9) or None for zeros -> c (B, dim).
-        UserError if labels are given to a network without classes."""
-        c = self.t_embedder(t)
-        if self.y_embedder is not None:
-            if y is None:                                               # the null class
-                y = torch.full_like(t, self.num_classes, dtype=torch.long)
-            c = c + self.y_embedder(y)
-        elif y is not None:
-            raise UserError(
-                "this network was built without classes (num_classes = 0), but was given labels; "
-                "call it with y=None"
-            )
+    def embed(self, t, y=None, augmented=None):
+        """t (B,), y (B,) or (B, M, E) or None for none, augmented (B, 9) or None for zeros -> the
+        embeddings of time and augmentation (B, dim), and those of y (B, M, dim), where M is 0 in a
+        network that takes no y. UserError if it is given one."""
+        time = self.t_embedder(t)
         if self.augment_embedder is not None and augmented is not None:
-            c = c + self.augment_embedder(augmented)
-        return c
+            time = time + self.augment_embedder(augmented)
+        if self.y_embedder is None:
+            if y is not None:
+                raise UserError(
+                    "this network was built without classes (num_classes = 0), but was given "
+                    "labels; call it with y=None"
+                )
+            return time, time.new_empty(len(t), 0, time.shape[1])
+        if y is None:
+            y = self.y_embedder.null((len(t), *self.y_embedder.shape))
+        return time, self.y_embedder(y)
+
+    def condition(self, t, y=None, augmented=None):
+        """The same arguments -> the condition c (B, dim)."""
+        return summed(*self.embed(t, y, augmented))
+
+    def context(self, pictures):
+        """The y that stands for a set of pictures (B, k, C, H, W), of any number: (B, M, dim). The
+        mean of what the encoder makes of each, so their order does not matter (LAC in Giannone et
+        al. 2022, arXiv 2205.15463)."""
+        encoded = self.set_encoder(pictures.flatten(0, 1))              # (B k, M, dim)
+        return encoded.unflatten(0, pictures.shape[:2]).mean(1)
+
+    def leave_one_out(self, pictures, n):
+        """Sets of n pictures, one after another (B, C, H, W) -> for each picture the context of the
+        n - 1 others of its set (B, M, dim)."""
+        encoded = self.set_encoder(pictures).unflatten(0, (-1, n))      # (B / n, n, M, dim)
+        # A sum of all, less the own one, would leave a trace of it: its rounding errors.
+        others = sum(encoded.roll(j, dims=1) for j in range(1, n)) / (n - 1)
+        return others.flatten(0, 1)
 
     def init_weights(self):
         """How weights start. Each network adds to this.
@@ -406,6 +547,7 @@ class Network(nn.Module):
         relative position bias          truncated normal, 0.02
         convolutions                    PyTorch's default
         biases                          zero
+        patches of a set encoder        Xavier uniform: a linear map, though a convolution
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -414,10 +556,13 @@ class Network(nn.Module):
                 nn.init.zeros_(module.bias)
             if isinstance(module, TMSA):
                 nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
+            if isinstance(module, SetEncoder):
+                patches = module.patches.proj.weight
+                nn.init.xavier_uniform_(patches.view(len(patches), -1))
         if isinstance(self.t_embedder, TimestepEmbedder):
             nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
             nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        if self.y_embedder is not None:
+        if isinstance(self.y_embedder, LabelEmbedder):
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
 
 
@@ -429,6 +574,8 @@ class Transformer(Network):
     # Set by DiffiT and DiT, below.
     block_class = None
     head_class = None
+    condition_form = staticmethod(summed)                               # as blocks and head take it
+    in_context = False                                                  # does it join the sequence?
 
     def __init__(
         self,
@@ -445,6 +592,9 @@ class Transformer(Network):
         embed_gain: float = 1.0,
         time_embedding: str = "positional",
         augment: bool = False,
+        token_width: int = 0,
+        token_count: int = 1,
+        set_depth: int = 0,
         **block_options,
     ):
         super().__init__()
@@ -457,7 +607,21 @@ class Transformer(Network):
         self.grid = input_size // patch_size
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
-        self.add_condition(hidden_size, time_embedding, num_classes, class_dropout_prob, augment)
+        set_encoder = None
+        if set_depth:
+            set_encoder = SetEncoder(
+                input_size, patch_size, in_channels, hidden_size, set_depth, num_heads
+            )
+        self.add_condition(
+            hidden_size,
+            time_embedding,
+            num_classes,
+            class_dropout_prob,
+            augment,
+            token_width,
+            token_count,
+            set_encoder,
+        )
         self.register_buffer("pos_embed", sincos_2d(hidden_size, self.grid))
         self.blocks = nn.ModuleList(
             self.block_class(hidden_size, num_heads, mlp_ratio, self.grid, **block_options)
@@ -471,7 +635,8 @@ class Transformer(Network):
 
         patches           Xavier uniform, times embed_gain: a linear map, though a convolution
         positions         sines and cosines, times embed_gain
-        modulations       zero: a fresh DiTBlock is the identity
+        modulations       zero: a fresh DiTBlock is the identity (not those of AdaLNBlock)
+        cross-attention   in a DiTCrossBlock the projection is zero, too
         output            zero
 
         A large embed_gain makes tokens large beside what the blocks add to them at first.
@@ -483,6 +648,8 @@ class Transformer(Network):
         for module in self.modules():
             if isinstance(module, (DiTBlock, DiTHead)):
                 nn.init.zeros_(module.adaLN_modulation[1].weight)
+            if isinstance(module, DiTCrossBlock):
+                nn.init.zeros_(module.cross.proj.weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(
@@ -491,10 +658,12 @@ class Transformer(Network):
         B = len(x)
         p, g = self.patch_size, self.grid
         x = self.x_embedder(x) + self.pos_embed                         # (B, N, D)
-        c = self.condition(t, y, augmented)                             # (B, D)
+        c = self.condition_form(*self.embed(t, y, augmented))           # (B, D) or (B, 1 + M, D)
+        if self.in_context:
+            x = torch.cat([c, x], dim=1)                                # (B, 1 + M + N, D)
         for block in self.blocks:
-            x = block(x, c)                                             # (B, N, D)
-        x = self.final_layer(x, c)                                      # (B, N, p*p*out)
+            x = block(x, c)
+        x = self.final_layer(x[:, -g * g :], c)                         # (B, N, p*p*out)
         x = x.view(B, g, g, p, p, self.out_channels)                    # a token is p x p pixels
         x = x.permute(0, 5, 1, 3, 2, 4)                                 # (B, out, g, p, g, p)
         return x.reshape(B, self.out_channels, g * p, g * p)            # (B, out, H, W)
@@ -508,10 +677,15 @@ class DiffiT(Transformer):
 
 
 class DiT(Transformer):
-    """DiT with adaLN-Zero (Peebles & Xie 2022)."""
+    """DiT (Peebles & Xie 2022), with adaLN-Zero or by another word of CONDITION_IN below. UserError
+    for an unknown one."""
 
-    block_class = DiTBlock
-    head_class = DiTHead
+    def __init__(self, *args, condition_in: str = "adaln-zero", **options):
+        # Before super(), which makes blocks and head.
+        way = lookup("condition_in", condition_in, CONDITION_IN)
+        self.block_class, self.head_class, self.condition_form = way
+        self.in_context = condition_in == "in-context"
+        super().__init__(*args, **options)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -670,6 +844,9 @@ class DiffiTUNet(Network):
         learn_sigma: bool = False,
         time_embedding: str = "positional",
         augment: bool = False,
+        token_width: int = 0,
+        token_count: int = 1,
+        set_depth: int = 0,
         **block_options,
     ):
         super().__init__()
@@ -684,7 +861,19 @@ class DiffiTUNet(Network):
             **block_options,
         )
         out_channels = 2 * in_channels if learn_sigma else in_channels
-        self.add_condition(cond_size, time_embedding, num_classes, class_dropout_prob, augment)
+        set_encoder = None
+        if set_depth:  # on patches of 2, as ViTEncoder below
+            set_encoder = SetEncoder(input_size, 2, in_channels, cond_size, set_depth, num_heads)
+        self.add_condition(
+            cond_size,
+            time_embedding,
+            num_classes,
+            class_dropout_prob,
+            augment,
+            token_width,
+            token_count,
+            set_encoder,
+        )
         self.tokenizer = nn.Conv2d(in_channels, channels[0], 3, padding=1)
         self.encoder = self.encoder_class(input_size, channels, blocks, **options)
         self.decoder = self.decoder_class(
@@ -773,6 +962,75 @@ ATTENTION = {
     "bias": TimeInBias,                             # Table 6, F
     "mlp": Untimed,                                 # Table 6, G: in the hidden layer of the MLP
     "none": Untimed,                                # in Table 4's plain stages, below
+}
+
+
+# -------------------------------------------------------------------------------------------------
+# For DiT's Table 4, and for tokens of y: the condition elsewhere than in adaLN-Zero
+
+
+class AdaLNBlock(ViTBlock):
+    """adaLN: the condition c (B, D) shifts and scales what enters both halves; no gates."""
+
+    def __init__(self, dim, num_heads, mlp_ratio, grid=0):
+        super().__init__(dim, num_heads, mlp_ratio)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 4 * dim))
+
+    def forward(self, x, c):
+        shift1, scale1, shift2, scale2 = self.adaLN_modulation(c).chunk(4, dim=1)
+        x = x + self.attn(modulate(self.norm1(x), shift1, scale1))
+        return x + self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class CrossBlock(ViTBlock):
+    """Every token looks at those of the condition c (B, 1 + M, D), after it has looked at the
+    others."""
+
+    def __init__(self, dim, num_heads, mlp_ratio, grid=0):
+        super().__init__(dim, num_heads, mlp_ratio)
+        self.norm_cross = layer_norm(dim)
+        self.cross = CrossAttention(dim, num_heads)
+
+    def forward(self, x, c):
+        x = x + self.attn(self.norm1(x))
+        x = x + self.cross(self.norm_cross(x), c)
+        return x + self.mlp(self.norm2(x))
+
+
+class DiTCrossBlock(DiTBlock):
+    """adaLN-Zero by the time alone, and cross-attention to the tokens of y, as networks that draw
+    from text have it (PixArt-alpha, Chen et al. 2023). c (B, 1 + M, D), the time first. The
+    projection starts at zero, so a fresh block ignores y."""
+
+    def __init__(self, dim, num_heads, mlp_ratio, grid=0):
+        super().__init__(dim, num_heads, mlp_ratio)
+        self.norm_cross = layer_norm(dim)
+        self.cross = CrossAttention(dim, num_heads)
+
+    def forward(self, x, c):
+        time, tokens = c[:, 0], c[:, 1:]
+        modulation = self.adaLN_modulation(time).chunk(6, dim=1)        # each (B, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
+        if tokens.shape[1]:
+            x = x + self.cross(self.norm_cross(x), tokens)
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class TimeHead(DiTHead):
+    """DiTHead by the time alone: c (B, 1 + M, D), the time first."""
+
+    def forward(self, x, c):
+        return super().forward(x, c[:, 0])
+
+
+# condition_in of a DiT -> its blocks, its head, and the form in which they take the condition
+CONDITION_IN = {
+    "adaln-zero": (DiTBlock, DiTHead, summed),
+    "adaln": (AdaLNBlock, DiTHead, summed),
+    "cross": (CrossBlock, ViTHead, listed),
+    "in-context": (ViTBlock, ViTHead, listed),      # tokens of the sequence, cut off at its end
+    "adaln-zero+cross": (DiTCrossBlock, TimeHead, listed),
 }
 
 
@@ -1006,14 +1264,28 @@ class DDPMpp(Network):
         time_in: str = "none",
         time_embedding: str = "positional",
         augment: bool = False,
+        token_width: int = 0,
+        token_count: int = 1,
+        set_depth: int = 0,
     ):
         super().__init__()
         check_levels(input_size, channels, blocks)
         tmsa = lookup("time_in", time_in, {"none": False, "qkv": True})
         stem = stem_width(cond_size)
         out_channels = 2 * in_channels if learn_sigma else in_channels
+        set_encoder = None
+        if set_depth:  # on patches of 2, as in DiffiTUNet
+            set_encoder = SetEncoder(input_size, 2, in_channels, cond_size, set_depth, num_heads)
         self.add_condition(
-            cond_size, time_embedding, num_classes, class_dropout_prob, augment, sinusoids=stem
+            cond_size,
+            time_embedding,
+            num_classes,
+            class_dropout_prob,
+            augment,
+            token_width,
+            token_count,
+            set_encoder,
+            sinusoids=stem,
         )
 
         def block(width_in, width, level, attends=False, **resample):

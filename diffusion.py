@@ -354,13 +354,13 @@ def guided(
 ) -> Predictor:
     """Classifier-free guidance (Ho & Salimans 2022, whose w is s - 1): eps_null + s (eps_y -
     eps_null), both halves in one call. For EDM the same mix applies to F, since D is affine in F.
-    model(x, t, y), y (B,) labels or None -> f(x, t).
+    model(x, t, y), y (B,) labels, (B, M, E) tokens or None -> f(x, t).
 
     scale: a number, or a function of t (B,) such as `power_cosine` or `interval`. Where it is no
     further from 1 than SCALE_TOLERANCE for the whole batch (with exact: where it is 1), the null
     half is not run. channels: the number of leading channels that are guided (3 in the published
     DiT and DiffiT); the others, and the variance, come from the conditional half. UserError if a
-    scale other than 1 has no labels.
+    scale other than 1 has no y.
     """
     if y is None and scale != 1.0:
         raise UserError("guidance needs class labels, and none were given; use a scale of 1")
@@ -371,7 +371,7 @@ def guided(
         s = scale_at(scale, t).to(x)                                    # () or (B,)
         if y is None or bool(((s - 1).abs() <= tolerance).all()):
             return model(x, t, y)
-        null = torch.full_like(y, model.num_classes)
+        null = model.y_embedder.null(y.shape)
         # One call of twice the batch is faster than two calls.
         both = model(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, null]))
         cond, uncond = both.chunk(2)                                    # each (B, C or 2C, H, W)

@@ -11,6 +11,7 @@ generator of its own, so it does not change (but for rounding) with the batch si
 images, the number of processes or the order in which they are generated.
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -106,25 +107,243 @@ def open_vae(cfg):
 
 
 # -------------------------------------------------------------------------------------------------
-# Generation
+# What images are to show: classes, given tokens, or the kind of a few pictures. Each of the three
+# says for image i, from (seed, i) alone,
+#
+#     labels(indices, seed)       the classes, (n,) int64, or None
+#     y(model, indices, seed)     the y of the network, or None
+#     captions(indices, seed)     what stands above it in a grid, or None
+#     cells(made, indices, seed)  what is shown in a grid of the images made, in how many columns
+#     count                       how many images a grid has unless told otherwise
+#     settings(seed)              what all of it depends on, as JSON
 
 
-def labels_of(indices, cfg, classes=None, seed=0):
-    """The classes of the images with these indices, (n,) int64: those named, in turn, or all of
-    them. None for networks without classes."""
-    if not cfg.num_classes:
+class Classes:
+    """Images of classes: of those named, in turn, or of all. names: of the classes, where they are
+    known. UserError for a class that the network does not have."""
+
+    def __init__(self, cfg, classes=None, names=()):
+        self.total = cfg.num_classes
+        self.chosen = classes
+        self.names = dict(enumerate(names))
+        if classes and not 0 <= min(classes) <= max(classes) < self.total:
+            raise UserError(f"classes {classes}: this network has 0 to {self.total - 1}")
+        self.count = 4 * (self.columns(1) or 9)
+
+    def order(self, seed):
+        """All classes, or those named: in their own order if a grid has a column for each, else
+        shuffled."""
+        if self.chosen or self.total <= COLUMNS:
+            return self.chosen or list(range(self.total))
+        return np.random.default_rng(seed).permutation(self.total).tolist()
+
+    def labels(self, indices, seed):
+        order = np.array(self.order(seed))
+        return order[np.array(indices) % len(order)] if len(order) else None
+
+    def y(self, model, indices, seed):
+        labels = self.labels(indices, seed)
+        return None if labels is None else torch.from_numpy(labels).to(device_of(model))
+
+    def captions(self, indices, seed):
+        labels = self.labels(indices, seed)
+        if labels is None:
+            return None
+        return [self.names.get(label, str(label)) for label in labels.tolist()]
+
+    def columns(self, n):
+        """Of n images: a column for each class where they are few, or several; else None."""
+        count = len(self.chosen or range(self.total))
+        return count * max(1, math.isqrt(n) // count) if 1 < count <= COLUMNS else None
+
+    def cells(self, made, indices, seed):
+        return made, self.columns(len(made)), self.captions(indices, seed)
+
+    def settings(self, seed):
+        return {"classes": self.order(seed) or None}
+
+    def __str__(self):
+        return f"classes {','.join(map(str, self.chosen))}" if self.chosen else ""
+
+
+COLUMNS = 16  # of a grid with a column for each class
+
+
+class Tokens:
+    """Images of given tokens (n, M, E), in turn. UserError unless the network takes M tokens of
+    width E."""
+
+    count = 36
+
+    def __init__(self, cfg, tokens, path):
+        self.tokens = tokens
+        self.path = path
+        takes = cfg.token_count, cfg.token_width
+        if tokens.shape[1:] != takes:
+            count, width = tokens.shape[1:]
+            raise UserError(
+                f"{path} has {count} tokens of width {width} for each image, and this network "
+                f"takes {takes[0]} of width {takes[1]}"
+            )
+
+    def labels(self, indices, seed):
         return None
-    order = np.array(classes or class_order(cfg, seed))
-    if not 0 <= order.min() <= order.max() < cfg.num_classes:
-        raise UserError(f"classes {classes}: this network has 0 to {cfg.num_classes - 1}")
-    return order[np.array(indices) % len(order)]
+
+    def y(self, model, indices, seed):
+        mine = self.tokens[np.array(indices) % len(self.tokens)]
+        return torch.from_numpy(np.asarray(mine, np.float32)).to(device_of(model))
+
+    def cells(self, made, indices, seed):
+        return made, None, None
+
+    def settings(self, seed):
+        return {"tokens": data.content_hash(np.asarray(self.tokens))}
+
+    def __str__(self):
+        return f"tokens of {self.path}"
 
 
-def class_order(cfg, seed):
-    """All classes: in their own order if a grid has a column for each, else shuffled."""
-    if cfg.num_classes <= COLUMNS:
-        return list(range(cfg.num_classes))
-    return np.random.default_rng(seed).permutation(cfg.num_classes).tolist()
+class Support:
+    """Images of a kind that a few pictures show: image i of one of these classes of the data, in
+    turn (by default of all), told by `shots` of its pictures. Data without labels are one class.
+    Without shots all of its pictures tell it, the same for each image. The network of latents has
+    its pictures through the vae. UserError if a class has too few that can be read."""
+
+    def __init__(self, cfg, dataset, path, classes=None, shots=None, vae=None):
+        self.cfg = cfg
+        self.dataset = dataset
+        self.path = path
+        self.vae = vae
+        self.shots = shots
+        self.classes = [None]
+        members = [np.arange(len(dataset))]
+        if dataset.labels is not None:
+            self.classes = list(classes or np.unique(dataset.labels).tolist())
+            members = [np.flatnonzero(dataset.labels == k) for k in self.classes]
+        self.members = members
+        self.names = dict(enumerate(dataset.class_names))
+        for k, indices in zip(self.classes, members):
+            if len(indices) < (shots or 1):
+                which = "" if k is None else f" of class {self.names.get(k, k)}"
+                raise UserError(
+                    f"{path} has {len(indices)} pictures{which}, and --shots asks for {shots or 1}"
+                )
+        # One support for all images, or one for each.
+        self.shared = len(members) == 1 and shots in (None, len(members[0]))
+        self.count = 32 if self.shared else 24
+        self.picture = functools.lru_cache(4096)(self.picture)
+
+    def picture(self, i):
+        """Picture i as the network takes it (C, H, W), on the CPU; None if it cannot be read."""
+        try:
+            x = self.dataset.example(i, False, np.random.default_rng(i))
+        except (data.UnreadableImage, OSError) as error:
+            configs.say(f"skipped {self.dataset.name(i)}: {configs.first_line(error)}")
+            return None
+        x = data.to_network(x[None])
+        if self.vae and x.shape[1] == 3:
+            device = device_of(self.vae)
+            with torch.no_grad():
+                x = self.vae.latent(*self.vae.posterior(x.to(device))).cpu()
+        return x[0]
+
+    def pictures(self, i, seed):
+        """The pictures that tell image i, (k, C, H, W)."""
+        members = self.members[i % len(self.members)]
+        if self.shots:
+            members = np.random.default_rng([seed, i]).permutation(members)
+        found = (self.picture(j) for j in members)
+        found = list(itertools.islice((x for x in found if x is not None), self.shots or None))
+        if len(found) < (self.shots or 1):
+            raise UserError(f"{self.path}: only {len(found)} of its pictures can be read")
+        return torch.stack(found)
+
+    @torch.no_grad()
+    def y(self, model, indices, seed):
+        device = device_of(model)
+        told = indices[:1] if self.shared else indices
+        contexts = []
+        with autocast(self.cfg.precision, device):
+            for i in told:
+                # Some at a time: a support may have thousands.
+                parts = self.pictures(i, seed).split(256)
+                encoded = torch.cat([model.set_encoder(part.to(device)) for part in parts])
+                contexts.append(encoded.float().mean(0))  # (M, dim)
+        return torch.stack(contexts).expand(len(indices), -1, -1)
+
+    def labels(self, indices, seed):
+        labels = [self.classes[i % len(self.classes)] for i in indices]
+        return None if None in labels else np.array(labels, np.int64)
+
+    def captions(self, indices, seed):
+        labels = self.labels(indices, seed)
+        return labels if labels is None else [self.names.get(k, str(k)) for k in labels.tolist()]
+
+    def cells(self, made, indices, seed):
+        """Each image beside its support, or rows of eight beside the support of all."""
+        each = 8 if self.shared else 1
+        columns = 1 if self.shared else max(1, COLUMNS // (self.shots + 1))
+        white = np.full_like(made[0], 255)
+        cells = []
+        for k in range(0, len(made), each):
+            support = to_images(self.pictures(indices[k], seed)[:SHOWN], self.cfg, self.vae)
+            row = [*made[k : k + each]]
+            row += [white] * (each - len(row))
+            gap = white[:, : len(white) // 4]
+            cells.append(np.concatenate([*support, gap, *row], axis=1))
+        captions = None if self.shared else self.captions(indices, seed)
+        return np.stack(cells), columns, captions
+
+    def settings(self, seed):
+        return {
+            "support": self.dataset.fingerprint(),
+            "classes": self.classes,
+            "shots": self.shots,
+            "vae_of_support": data.weights_hash(self.vae) if self.vae else "",
+        }
+
+    def __str__(self):
+        how_many = f"{self.shots} pictures each" if self.shots else "all pictures"
+        labels = f", classes {','.join(map(str, self.classes))}" * (None not in self.classes)
+        return f"{how_many} of {self.path}{labels}"
+
+
+SHOWN = 8  # pictures of a support in a grid
+
+
+class Zeros(Classes):
+    """Tokens of zeros, of this shape (M, E): to measure the speed."""
+
+    def __init__(self, shape):
+        self.shape = shape
+
+    def y(self, model, indices, seed):
+        return torch.zeros(len(indices), *self.shape, device=device_of(model))
+
+    def labels(self, indices, seed):
+        return None
+
+
+def device_of(model):
+    return next(model.parameters()).device
+
+
+def shown_in_training(cfg, dataset, vae=None):
+    """What the grids and scores of a run show: the classes, the tokens of its data in turn, or
+    classes held out (if none is, all), as far as they have enough images to tell one."""
+    if cfg.set_size:
+        shots = cfg.set_size - 1
+        counts = collections.Counter(dataset.labels.tolist())
+        enough = [k for k in sorted(counts) if counts[k] >= shots]
+        classes = [k for k in enough if k in cfg.holdout]
+        return Support(cfg, dataset, cfg.data, classes or enough, shots, vae)
+    if cfg.token_width:
+        return Tokens(cfg, dataset.tokens, cfg.data)
+    return Classes(cfg, names=dataset.class_names)
+
+
+# -------------------------------------------------------------------------------------------------
+# Generation
 
 
 @torch.no_grad()
@@ -132,14 +351,16 @@ def generate(
     model: nn.Module,
     cfg: Config,
     indices: range | list[int],
-    classes: list[int] | None = None,
+    shown: Classes | Tokens | Support | None = None,
     seed: int = 0,
     batch: int = 64,
     watch=None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
     """Generate the images with these indices, as cfg's sampling fields say: yields x (b, C, H, W)
-    fp32 and labels y (b,), or None without classes. watch(level, x): called at each noise level."""
-    device = next(model.parameters()).device
+    fp32 and labels (b,), or None without classes. shown: by default all classes. watch(level, x):
+    called at each noise level."""
+    shown = shown or Classes(cfg)
+    device = device_of(model)
     shape = cfg.in_channels, cfg.input_size, cfg.input_size
     process = diffusion.build(cfg)
     levels = process.levels(cfg.sampling_steps)
@@ -155,14 +376,14 @@ def generate(
             return torch.stack(x).to(device)
 
         # The prior and every random step draw from these, image by image.
-        y = labels_of(chunk, cfg, classes, seed)
-        y = None if y is None else torch.from_numpy(y).to(device)
+        y = shown.y(model, chunk, seed)
         f = diffusion.guided(model, y, scale, cfg.cfg_channels or None, cfg.cfg_exact)
         options = sampler_options(cfg, noise)
         with autocast(cfg.precision, device):
             x = process.prior(noise(), levels[0])
             x = sampler(process, f, x, levels, clip=cfg.clip_denoised, watch=watch, **options)
-        yield x, y
+        labels = shown.labels(chunk, seed)
+        yield x, None if labels is None else torch.from_numpy(labels).to(device)
 
 
 def guidance_scale(cfg, process):
@@ -201,7 +422,7 @@ def image_size(cfg, vae):
     return cfg.input_size * (vae.factor if vae else 1)
 
 
-def provenance(cfg, weights, vae_hash="", seed=0, classes=None):
+def provenance(cfg, weights, vae_hash="", seed=0, shown=""):
     """How images were generated, in one line: the weights, the VAE (its hash, where there is one),
     sampler, steps, guidance, and each other sampling field that differs from Config's default."""
     listed = {"sampler", "sampling_steps", "cfg_scale", "vae", "precision"}
@@ -213,29 +434,11 @@ def provenance(cfg, weights, vae_hash="", seed=0, classes=None):
         value = getattr(cfg, name)
         if name not in listed and value != getattr(Config, name):
             parts.append(f"{name.replace('_', '-')} {value}")
-    if classes:
-        parts.append(f"classes {','.join(map(str, classes))}")
+    if str(shown):
+        parts.append(str(shown))
     parts.append(f"seed {seed}")
     parts.append(f"in {configs.arithmetic(cfg.precision, configs.default_device())}")
     return ", ".join(parts)
-
-
-COLUMNS = 16  # of a grid with a column for each class
-
-
-def grid_columns(cfg, n, classes=None):
-    """Of n images: a column for each class where they are few, or several; else None, a square."""
-    count = len(classes) if classes else cfg.num_classes
-    return count * max(1, math.isqrt(n) // count) if 1 < count <= COLUMNS else None
-
-
-def captions_of(model, indices, cfg, classes=None, seed=0):
-    """What stands above images in a grid: the names of their classes, or their numbers."""
-    labels = labels_of(indices, cfg, classes, seed)
-    if labels is None:
-        return None
-    names = dict(enumerate(model.class_names))
-    return [names.get(label, str(label)) for label in labels.tolist()]
 
 
 def show_steps(before, cfg, after=""):
@@ -250,28 +453,33 @@ def show_steps(before, cfg, after=""):
     return watch
 
 
-def save_samples(model, cfg, path, vae=None, n=None, classes=None, seed=0, batch=64):
-    """A grid of images 0 to n - 1 (by default four rows of classes, or 36). The processes divide
-    them, rank 0 writes; nothing but the grid touches the disk."""
-    n = n or 4 * (grid_columns(cfg, 1, classes) or 9)
-    columns = grid_columns(cfg, n, classes)
+def save_samples(model, cfg, path, vae=None, n=None, shown=None, seed=0, batch=64):
+    """A grid of images 0 to n - 1. The processes divide them, rank 0 writes; nothing but the grid
+    touches the disk."""
+    shown = shown or Classes(cfg)
+    n = n or shown.count
     rank, size = rank_and_size()
     # Every size-th image each, so that the work is even; put together again in order.
     mine = []
     for first in range(rank, n, size * batch):
         watch = show_steps(f"{len(mine) * size} of {n} images", cfg, f", for {Path(path).name}")
         indices = range(first, min(n, first + size * batch), size)
-        ((x, _),) = generate(model, cfg, indices, classes, seed, batch, watch)
+        ((x, _),) = generate(model, cfg, indices, shown, seed, batch, watch)
         mine += [*to_images(x, cfg, vae)]
     parts = configs.all_gather_object(mine)
     images = np.stack([parts[i % size][i // size] for i in range(n)])
-    captions = captions_of(model, range(n), cfg, classes, seed)
-    configs.on_rank_0(lambda: data.save_grid(images, path, columns, captions))
+
+    def save():
+        cells, columns, captions = shown.cells(images, range(n), seed)
+        data.save_grid(cells, path, columns, captions)
+
+    configs.on_rank_0(save)
 
 
-def save_gif(model, cfg, path, n, vae=None, classes=None, seed=0):
+def save_gif(model, cfg, path, n, vae=None, shown=None, seed=0):
     """The trajectory of images 0 to n - 1 from noise to clean: an animated .gif of at most 31
     frames."""
+    shown = shown or Classes(cfg)
     process = diffusion.build(cfg)
     frames = []
     show = show_steps(f"{n} images", cfg, f", for {Path(path).name}")
@@ -280,12 +488,12 @@ def save_gif(model, cfg, path, n, vae=None, classes=None, seed=0):
         frames.append(x / math.hypot(*process.scales(level)))
         show(level, x)
 
-    ((x, _),) = generate(model, cfg, range(n), classes, seed, batch=n, watch=watch)
-    shown = diffusion.spaced(len(frames), min(30, len(frames)))
-    frames = [frames[k] for k in shown] + [x]
-    images = [to_images(x, cfg, vae) for x in frames]
-    captions = captions_of(model, range(n), cfg, classes, seed)
-    data.save_gif(images, path, grid_columns(cfg, n, classes), captions)
+    ((x, _),) = generate(model, cfg, range(n), shown, seed, batch=n, watch=watch)
+    kept = diffusion.spaced(len(frames), min(30, len(frames)))
+    frames = [frames[k] for k in kept] + [x]
+    cells = [shown.cells(to_images(x, cfg, vae), range(n), seed) for x in frames]
+    _, columns, captions = cells[0]
+    data.save_gif([images for images, *_ in cells], path, columns, captions)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -334,7 +542,7 @@ def missing_images(folder, n):
     return [i for i in range(n) if f"{i:08}.png" not in there]
 
 
-def make_images(model, cfg, vae, folder, n, classes=None, seed=0, batch=64):
+def make_images(model, cfg, vae, folder, n, shown=None, seed=0, batch=64):
     """Generate those of images 0 to n - 1 that the folder lacks, divided over the processes; all of
     them return when all images are there."""
     rank, size = rank_and_size()
@@ -349,7 +557,7 @@ def make_images(model, cfg, vae, folder, n, classes=None, seed=0, batch=64):
         if chunk is None:
             continue
         watch = show_steps(f"{n - len(missing) + done} of {n} images{speed}", cfg)
-        ((x, _),) = generate(model, cfg, chunk, classes, seed, batch, watch)
+        ((x, _),) = generate(model, cfg, chunk, shown, seed, batch, watch)
         for i, image in zip(chunk, to_images(x, cfg, vae)):
             # Level 1 takes a third of the time of Pillow's default, for slightly larger files.
             data.save_image(Image.fromarray(image), folder / f"{i:08}.png", compress_level=1)
@@ -1022,27 +1230,33 @@ def format_scores(scores):
 # A score for the built-in data: how many shapes a classifier recognises
 
 
-def shape_accuracy(images, labels):
+def shape_accuracy(images, labels, coloured=None):
     """images (n, H, W, 3) uint8, labels (n,) -> the share of these shapes that a classifier names
-    right, and its share of real shapes that it has not seen."""
-    accuracy, real = shape_classifier(images.shape[1])
-    return accuracy(data.to_float(images), torch.as_tensor(labels)), real
+    right, and its share of real shapes that it has not seen. coloured: of data.ShapeKinds, where
+    the labels are kinds, from which the classifier chooses; None for the ten of data.Shapes."""
+    kinds = None if coloured is None else tuple(np.unique(labels).tolist())
+    accuracy, real = shape_classifier(images.shape[1], kinds, coloured)
+    return accuracy(data.to_float(images), labels), real
 
 
 @functools.lru_cache
-def shape_classifier(size, seed=0):
+def shape_classifier(size, kinds=None, coloured=None, seed=0):
     """A small CNN, trained here in seconds on 8,000 shapes of a seed that training does not use ->
-    accuracy(x, y), the share of images x that it names y, and that share of 1,000 others."""
+    accuracy(x, labels), the share of images x that it names so, and that share of 1,000 others."""
     torch.manual_seed(seed)
     train = 8000
-    dataset = data.Shapes(size, train + 1000, seed=1_000_000 + seed)
-    x = data.to_float(np.stack([dataset.read(i) for i in range(len(dataset))]))
-    y = torch.from_numpy(dataset.labels)
+    real = data.Shapes(size, train + 1000, seed=1_000_000 + seed)
+    if kinds:
+        each = math.ceil((train + 1000) / len(kinds))
+        real = data.ShapeKinds(size, kinds, each, 1_000_000 + seed, coloured)
+    x = data.to_float(np.stack([real.read(i) for i in range(train + 1000)]))
+    classes = np.unique(real.labels)
+    y = torch.from_numpy(np.searchsorted(classes, real.labels))
 
     def layer(i, o):
         return nn.Sequential(nn.Conv2d(i, o, 3, stride=2, padding=1), nn.BatchNorm2d(o), nn.ReLU())
 
-    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, len(classes))]
     net = nn.Sequential(layer(3, 32), layer(32, 64), layer(64, 128), *head)
     optimizer = torch.optim.Adam(net.parameters())
     batches = [b for _ in range(4) for b in torch.randperm(train).split(128)]
@@ -1057,11 +1271,11 @@ def shape_classifier(size, seed=0):
     net.eval()
 
     @torch.no_grad()
-    def accuracy(x, y):
-        named = torch.cat([net(part).argmax(1) for part in x.split(500)])
-        return (named == y).float().mean().item()
+    def accuracy(x, labels):
+        named = torch.cat([net(part).argmax(1) for part in x.split(500)]).numpy()
+        return float((classes[named] == labels).mean())
 
-    return accuracy, accuracy(x[train:], y[train:])
+    return accuracy, accuracy(x[train:], real.labels[train : train + 1000])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1071,18 +1285,14 @@ GRID = 400  # images of a grid at the most
 GIF = 20  # and of a gif
 
 
-def parse_classes(text, cfg, names=()):
+def parse_classes(text, count, names=()):
     """'207,360', 'china,flower' (names: of the classes, as far as they are known) or 'all' -> list
-    of class indices. UserError if the network has no such class."""
-    if not cfg.num_classes:
-        raise UserError(
-            f"--classes {text}: this network was trained without classes; leave the flag out"
-        )
+    of class indices. UserError unless they are among `count` classes."""
     if text == "all":
-        return list(range(cfg.num_classes))
-    number = {str(k): k for k in range(cfg.num_classes)}
+        return list(range(count))
+    number = {str(k): k for k in range(count)}
     # A name that is a number means the class of this name.
-    number |= {name: k for k, name in enumerate(names[: cfg.num_classes])}
+    number |= {name: k for k, name in enumerate(names[:count])}
     classes = [text] if text in number else text.split(",")  # a name may have commas and blanks
     classes = [part if part in number else part.strip() for part in classes]
     for name in classes:
@@ -1090,7 +1300,7 @@ def parse_classes(text, cfg, names=()):
             known = f" or {', '.join(map(configs.short, names[:10]))}" if names else ""
             raise UserError(
                 f"--classes {text}: there is no class {name}; give all, or some of 0 to "
-                f"{cfg.num_classes - 1}{known}, separated by commas"
+                f"{count - 1}{known}, separated by commas"
             )
     return [number[name] for name in classes]
 
@@ -1153,6 +1363,61 @@ def with_flags(cfg, args):
     return dataclasses.replace(cfg, **given)
 
 
+def shown_by(args, model, cfg, vae):
+    """What --classes, --tokens or --support ask for. UserError if the network takes none of it."""
+    takes = "nothing but noise: leave the flag out"
+    if cfg.set_depth:
+        takes = "a few pictures of what to show: pass --support PATH"
+    elif cfg.token_width:
+        takes = "tokens: pass --tokens FILE"
+    elif cfg.num_classes:
+        takes = f"one of {cfg.num_classes} classes: pass --classes, or leave it out for all"
+    for flag, fits in {
+        "classes": cfg.num_classes or (cfg.set_depth and args.support),
+        "tokens": cfg.token_width,
+        "support": cfg.set_depth,
+    }.items():
+        if getattr(args, flag) is not None and not fits:
+            raise UserError(f"--{flag} {getattr(args, flag)}: this network is told {takes}")
+    if args.shots and not args.support:
+        raise UserError(
+            f"--shots {args.shots} is the number of pictures of --support; pass it, too"
+        )
+    if args.support:
+        return open_support(args, cfg, vae)
+    if args.tokens:
+        return Tokens(cfg, data.read_tokens(args.tokens), args.tokens)
+    if (cfg.set_depth or cfg.token_width) and cfg.cfg_scale != 1:
+        raise UserError(
+            f"this network is told {takes}, or --cfg-scale 1 for images of nothing in particular"
+        )
+    classes = None
+    if args.classes is not None:
+        classes = parse_classes(args.classes, cfg.num_classes, model.class_names)
+    return Classes(cfg, classes, model.class_names)
+
+
+def open_support(args, cfg, vae):
+    """The value of --support: pictures without classes, or a data set, of which by default those
+    classes are shown that were held out in training, as far as it has them."""
+    dataset = data.open_dataset(args.support, None if vae else cfg.input_size)
+    if vae and not isinstance(dataset, data.Latents):
+        dataset = data.open_dataset(args.support, image_size(cfg, vae))
+    if rank_and_size()[0] == 0:
+        configs.say(f"{args.support}: {dataset.summary()}")
+    if dataset.labels is None:
+        if args.classes is not None:
+            raise UserError(
+                f"--classes {args.classes}: {args.support} has no classes (sub-folders, labels); "
+                f"leave the flag out"
+            )
+        return Support(cfg, dataset, args.support, None, args.shots, vae)
+    classes = sorted(set(cfg.holdout).intersection(dataset.labels.tolist()))
+    if args.classes is not None:
+        classes = parse_classes(args.classes, dataset.num_classes, dataset.class_names)
+    return Support(cfg, dataset, args.support, classes, args.shots or cfg.set_size - 1, vae)
+
+
 def generate_command(args):
     """--ckpt FILE: images, in all the forms that were asked for, and their score."""
     check_flags(args)
@@ -1160,21 +1425,20 @@ def generate_command(args):
     model, cfg = load_model(args.ckpt, args.preset, not args.no_ema)
     cfg = with_flags(cfg, args)
     vae = open_vae(cfg)
-    classes = (
-        parse_classes(args.classes, cfg, model.class_names) if args.classes is not None else None
-    )
-    if args.score == "shapes" and cfg.num_classes != 10:
+    shown = shown_by(args, model, cfg, vae)
+    kinds = isinstance(shown, Support) and isinstance(shown.dataset, data.ShapeKinds)
+    if args.score == "shapes" and cfg.num_classes != 10 and not kinds:
         raise UserError(
-            f"--score shapes needs a network with the ten classes of shapes; {args.ckpt} has "
-            f"{cfg.num_classes}"
+            f"--score shapes needs a network with the ten classes of shapes, or --support of a "
+            f"built-in set; {args.ckpt} has {cfg.num_classes} classes"
         )
     if folder_of(args):
-        many_images(args, model, cfg, vae, classes)
+        many_images(args, model, cfg, vae, shown)
     elif args.out:
         n = args.num_images
-        save_samples(model, cfg, args.out, vae, n, classes, args.seed, args.batch)
+        save_samples(model, cfg, args.out, vae, n, shown, args.seed, args.batch)
     if args.gif and first:
-        save_gif(model, cfg, args.gif, min(args.num_images, GIF), vae, classes, args.seed)
+        save_gif(model, cfg, args.gif, min(args.num_images, GIF), vae, shown, args.seed)
     configs.end_live_line()
     if first:
         for path in filter(None, (folder_of(args), args.out, args.npz, args.gif)):
@@ -1185,7 +1449,7 @@ def open_scorer(args):
     return Scorer(args.score, args.inception, args.force, args.batch, args.workers, args.resize)
 
 
-def many_images(args, model, cfg, vae, classes):
+def many_images(args, model, cfg, vae, shown):
     """Images as PNGs in a folder; from it their score, the grid and the .npz."""
     folder = folder_of(args)
     n = args.num_images
@@ -1202,12 +1466,12 @@ def many_images(args, model, cfg, vae, classes):
     weights_hash, vae_hash = hashes
     settings = {name: getattr(cfg, name) for name in SAMPLING if name != "vae"}
     settings |= {"weights": weights_hash, "ema": not args.no_ema, "vae_weights": vae_hash}
-    settings |= {"seed": args.seed, "classes": classes or class_order(cfg, args.seed) or None}
+    settings |= {"seed": args.seed, **shown.settings(args.seed)}
     settings["precision"] = configs.arithmetic(cfg.precision, configs.default_device())
     configs.on_rank_0(lambda: check_images_folder(folder, settings))
     with configs.exclusive(folder):  # nothing is written before this line
         configs.on_rank_0(lambda: write_settings(folder, settings))
-        make_images(model, cfg, vae, folder, n, classes, args.seed, args.batch)
+        make_images(model, cfg, vae, folder, n, shown, args.seed, args.batch)
     images = data.ImageFiles(folder, image_size(cfg, vae))
     images.names = [f"{i:08}.png" for i in range(n)]  # whatever else may lie there
     stats = None
@@ -1216,20 +1480,23 @@ def many_images(args, model, cfg, vae, classes):
     configs.leave_processes()  # the rest is rank 0's, and may take long
     if not first:
         return
-    labels = labels_of(range(n), cfg, classes, args.seed)
+    labels = shown.labels(range(n), args.seed)
     weights = f"{model.provenance} ({weights_hash})"
-    maker = provenance(cfg, weights, vae_hash, args.seed, classes)
+    maker = provenance(cfg, weights, vae_hash, args.seed, shown)
     if scorer:
         print(format_scores(scorer.compare(stats)))
         print(f"  {format_count(stats['images'])} by the {maker}; {scorer.provenance()}")
     elif args.score:
-        share, real = shape_accuracy(np.stack([*read_images(images, n)]), labels)
+        coloured = shown.dataset.coloured if isinstance(shown, Support) else None
+        share, real = shape_accuracy(np.stack([*read_images(images, n)]), labels, coloured)
         judge = f"a classifier that names {100 * real:.1f} % of real shapes right"
+        if coloured is not None:
+            judge += f", among {len(np.unique(labels))} kinds"
         print(f"{100 * share:.1f} % named right\n  {n} images by the {maker}; by {judge}")
     if args.out:
         grid = np.stack([*read_images(images, min(n, GRID))])
-        captions = captions_of(model, range(len(grid)), cfg, classes, args.seed)
-        data.save_grid(grid, args.out, grid_columns(cfg, len(grid), classes), captions)
+        cells, columns, captions = shown.cells(grid, range(len(grid)), args.seed)
+        data.save_grid(cells, args.out, columns, captions)
     if args.npz:
         save_npz(images, n, labels, args.npz)
 
@@ -1238,11 +1505,23 @@ def many_images(args, model, cfg, vae, classes):
 # python sample.py --reference DATA --out REF.npz, --images PATH --score REF.npz, --bench
 
 
+def open_classes(path, size, text):
+    """The images of a data set, or those of the classes in this text. UserError if there are no
+    classes."""
+    images = data.open_images(path, size)
+    if text is None:
+        return images
+    if images.labels is None:
+        raise UserError(f"--classes {text}: {path} has no classes; leave the flag out")
+    classes = parse_classes(text, images.num_classes, images.class_names)
+    return data.OfClasses(images, classes)
+
+
 def reference_command(args):
     """Write the reference. UserError if DATA are not images."""
     check_output("--out", args.out, ".npz")
     inception, inception_hash = load_inception(args.inception, configs.default_device())
-    images = data.open_images(args.reference, args.size)
+    images = open_classes(args.reference, args.size, args.classes)
     if rank_and_size()[0] == 0:
         configs.say(images.summary())
     start = time.time()
@@ -1258,7 +1537,9 @@ def reference_command(args):
     if rank_and_size()[0] > 0:
         return
     header = {
-        "source": args.reference + (" (cropped and resized)" if args.size else ""),
+        "source": args.reference
+        + (f", classes {args.classes}" if args.classes else "")
+        + (" (cropped and resized)" if args.size else ""),
         "images": n,
         "size": images.size,
         "inception": inception_hash,
@@ -1275,7 +1556,7 @@ def reference_command(args):
 def score_command(args):
     """Print the scores of existing images. UserError if PATH does not hold images, or of another
     size than the reference's."""
-    images = data.open_images(args.images, args.size)
+    images = open_classes(args.images, args.size, args.classes)
     if rank_and_size()[0] == 0:
         configs.say(images.summary())
     n = len(images)
@@ -1288,6 +1569,7 @@ def score_command(args):
     configs.leave_processes()  # comparing may take rank 0 some minutes
     if first:
         digest = f" ({data.file_hash(args.images)})" if os.path.isfile(args.images) else ""
+        digest += f", classes {args.classes}" if args.classes else ""
         resized = "cropped and resized to " if args.size else ""
         print(format_scores(scorer.compare(stats)))
         print(
@@ -1306,13 +1588,16 @@ def bench_command(args):
         cfg = configs.config_from_preset(args.preset or "shapes", {})
         model = diffit.build(cfg).to(configs.default_device()).eval().requires_grad_(False)
     cfg = with_flags(cfg, args)
-    device = next(model.parameters()).device
+    device = device_of(model)
+    shown = Classes(cfg)
+    if model.y_embedder is not None and not cfg.num_classes:
+        shown = Zeros(model.y_embedder.shape)
     passes = []  # images in each call of the network
     model.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
 
     def one_batch():
         passes.clear()
-        list(generate(model, cfg, range(args.batch), batch=args.batch))
+        list(generate(model, cfg, range(args.batch), shown, batch=args.batch))
 
     seconds = configs.seconds_per_call(one_batch, args.bench, device)
     each = sum(passes) / args.batch
@@ -1372,6 +1657,24 @@ def generate_main():
         help="classes by number or name, in turn (default: all, shuffled if they are many)",
     )
     group.add_argument(
+        "--support",
+        metavar="PATH",
+        help="show what the pictures in this folder show, or what those of each class of a data "
+        "set do (default of --classes: those held out in training); for networks of sets",
+    )
+    group.add_argument(
+        "--shots",
+        type=at_least(1),
+        metavar="K",
+        help="so many pictures of --support tell an image, drawn anew for each (default: of a "
+        "folder without classes all, else as many as in training)",
+    )
+    group.add_argument(
+        "--tokens",
+        metavar="FILE",
+        help="an .npz of tokens (n, width) or (n, number, width), in turn; for networks of tokens",
+    )
+    group.add_argument(
         "--seed",
         type=at_least(0, 2**63 - 1),
         default=0,
@@ -1415,6 +1718,7 @@ def score_main():
     )
     parser.add_argument("--force", action="store_true", help="score fewer than 2048 images")
     parser.add_argument("--batch", type=at_least(1), default=64, help="images at a time")
+    classes_flag(parser)
     size_flag(parser)
     scoring_flags(parser)
     run(parser, score_command)
@@ -1425,6 +1729,7 @@ def reference_main():
     parser.add_argument("--reference", metavar="DATA", required=True, help=data.IMAGE_KINDS)
     parser.add_argument("--out", metavar="REF.npz", required=True, help="the file to write")
     parser.add_argument("--batch", type=at_least(1), default=64, help="images at a time")
+    classes_flag(parser)
     size_flag(parser)
     scoring_flags(parser, resize="pytorch")
     run(parser, reference_command)
@@ -1451,6 +1756,12 @@ def network_flags(group):
     )
     group.add_argument(
         "--no-ema", action="store_true", help="the weights of the optimizer, not their average"
+    )
+
+
+def classes_flag(parser):
+    parser.add_argument(
+        "--classes", metavar="2,11|NAMES", help="only the images of these classes (default: all)"
     )
 
 

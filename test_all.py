@@ -951,9 +951,9 @@ def test_labels_are_dropped_in_training_alone():
     table = torch.tensor([[0.0, 1]] * 4 + [[1.0, 0]])  # first column: was it dropped?
     embed.load_state_dict({"embedding_table.weight": table})
     y = torch.zeros(20_000, dtype=torch.long)
-    dropped = embed(y)[:, 0].mean().item()
+    dropped = embed(y)[:, 0, 0].mean().item()
     assert abs(dropped - 0.25) < 5 * math.sqrt(0.25 * 0.75 / 20_000), dropped
-    assert embed.eval()(y)[:, 0].sum() == 0
+    assert embed.eval()(y)[:, 0, 0].sum() == 0
 
 
 def test_timesteps_never_pass_through_bf16():
@@ -1427,7 +1427,7 @@ def test_samplers_can_be_watched():
 class CountingNet:
     """A network that notes the size of each batch; its output is the label, then a constant."""
 
-    num_classes = 10
+    y_embedder = diffit.LabelEmbedder(10, 1, dropout=0.0)
 
     def __init__(self):
         self.calls = []
@@ -2687,7 +2687,8 @@ def test_published_files_make_images():
             said = succeeds(sample, "--ckpt", file, "--preset", preset_name, *flags, "--npz", npz)
             holds(said, [kind])
             cfg = configs.PRESETS[preset_name]
-            latents = sample.generate(models[name], cfg, range(3), [3, 7], batch=3)
+            shown = sample.Classes(cfg, [3, 7])
+            latents = sample.generate(models[name], cfg, range(3), shown, batch=3)
             expected = data.to_uint8(torch.cat([small_vae().decode(x) for x, _ in latents]))
             with np.load(npz) as found:
                 off = np.abs(found["arr_0"].astype(int) - expected).max()
@@ -2924,6 +2925,9 @@ def reduced(cfg):
         small = dict(channels=tuple(width // 16 for width in cfg.channels), cond_size=16)
         small |= dict(blocks=(1,) * len(cfg.blocks), num_heads=min(cfg.num_heads, 2))
     training = {name: getattr(configs.Config, name) for name in TRAINING}
+    if cfg.set_size:
+        small |= dict(set_depth=1)
+        training["batch_size"] = cfg.set_size
     return dataclasses.replace(cfg, **small, **training, sampling_steps=2)
 
 
@@ -2934,6 +2938,11 @@ def test_every_preset_takes_a_step_and_samples():
         process = diffusion.build(cfg)
         x = torch.randn(2, cfg.in_channels, cfg.input_size, cfg.input_size)
         y = torch.tensor([0, cfg.num_classes - 1]) if cfg.num_classes else None
+        shown = None
+        if cfg.set_size:
+            y = model.leave_one_out(x, 2)
+            kinds = data.ShapeKinds(cfg.input_size, 1, 2)
+            shown = sample.Support(cfg, kinds, "kinds")
         augmented = None
         if cfg.augment:
             x, augmented = data.augment(x, cfg.augment)
@@ -2941,7 +2950,7 @@ def test_every_preset_takes_a_step_and_samples():
         loss = losses["loss"].mean()
         loss.backward()
         assert loss.isfinite(), name
-        for found, _ in sample.generate(model.eval(), cfg, [0]):
+        for found, _ in sample.generate(model.eval(), cfg, [0], shown):
             assert found.shape == x[:1].shape and found.isfinite().all(), name
 
 
@@ -2962,7 +2971,7 @@ def test_table_of_presets():
     lines = [line.split() for line in said.splitlines()]
     rows = {words[0]: words for words in lines if words and words[0] in configs.PRESETS}
     assert list(rows) == list(configs.PRESETS)
-    assert sum(name.startswith("dit-") for name in rows) == 15
+    assert sum(name.startswith("dit-") for name in rows) == 18
     assert said.count("\nDiffiT Table 3\n") == 1
     assert rows["dit-xl-2"][-4:] == ["2.27", "675M,", "119", "GFLOPs"]
     expected = ["diffit", "561.04M", "118.51", "256", "1.73"]
@@ -2978,7 +2987,8 @@ def test_every_row_of_the_papers_tables_is_there():
     """The FIDs that DiffiT's tables report, by the preset that trains them."""
     paper = {
         **{"cifar10": 1.95, "ffhq64": 2.22, "imagenet256": 1.73, "imagenet512": 2.67},
-        **{"dit-xl-2": 2.27, "dit-xl-2-512": 3.04},
+        **{"dit-xl-2": 2.27, "dit-xl-2-512": 3.04, "dit-xl-2-in-context": 35.24},
+        **{"dit-xl-2-cross": 26.14, "dit-xl-2-adaln": 25.21},
         **{"cifar10-512-512": 1.99, "cifar10-256-256": 2.13},
         **{"ffhq64-512-512": 2.27, "ffhq64-256-256": 2.41},
         **{"cifar10-a-vit-setr": 5.34, "cifar10-b-plain-setr": 4.64},
@@ -4559,20 +4569,21 @@ def test_the_python_of_the_readme():
 
 def test_classes():
     cfg = configs.PRESETS["shapes"]
-    assert sample.labels_of(range(5), cfg, [2, 7]).tolist() == [2, 7, 2, 7, 2]
-    assert sample.labels_of([13, 3], cfg).tolist() == [3, 3], "few classes: in their order"
-    assert sample.parse_classes("all", cfg) == list(range(10))
-    imagenet = configs.PRESETS["imagenet256"]
-    shuffled = sample.labels_of(range(1000), imagenet).tolist()
+    classes = sample.Classes(cfg, [2, 7])
+    assert classes.labels(range(5), 0).tolist() == [2, 7, 2, 7, 2]
+    every = sample.Classes(cfg)
+    assert every.labels([13, 3], 0).tolist() == [3, 3], "few classes: in their order"
+    assert sample.parse_classes("all", 10) == list(range(10))
+    shuffled = sample.Classes(configs.PRESETS["imagenet256"]).labels(range(1000), 0).tolist()
     assert sorted(shuffled) == list(range(1000)) != shuffled
-    assert sample.parse_classes("207,360", imagenet) == [207, 360]
+    assert sample.parse_classes("207,360", 1000) == [207, 360]
     two = configs.config_from_preset("shapes", {"num_classes": 2})
-    assert sample.parse_classes("flower, china,0", two, ["china", "flower"]) == [1, 0, 0]
-    refused(lambda: sample.parse_classes("cat", two, ["china", "flower"]), "cat", "china, flower")
-    assert sample.parse_classes("1,2", two, ["1", "2"]) == [0, 1], "names that are numbers"
-    assert sample.parse_classes(" a, b", two, [" a, b", "c"]) == [0]
-    refused(lambda: sample.labels_of(range(3), two, [2]), "0 to 1")
-    assert sample.grid_columns(two, 64) == 8 and sample.grid_columns(cfg, 64) == 10
+    assert sample.parse_classes("flower, china,0", 2, ["china", "flower"]) == [1, 0, 0]
+    refused(lambda: sample.parse_classes("cat", 2, ["china", "flower"]), "cat", "china, flower")
+    assert sample.parse_classes("1,2", 2, ["1", "2"]) == [0, 1], "names that are numbers"
+    assert sample.parse_classes(" a, b", 2, [" a, b", "c"]) == [0]
+    refused(lambda: sample.Classes(two, [2]), "0 to 1")
+    assert sample.Classes(two).columns(64) == 8 and every.columns(64) == 10
 
 
 def test_sampling_writes_grid_folder_and_npz():
@@ -4804,7 +4815,7 @@ def test_sampling_refuses_what_it_cannot_do():
     with checkpoint(*unconditional) as (root, path):
         for args, words in [
             (("--sampling-steps", 1001), ["1001", "1 to 1000"]),
-            (("--classes", "all"), ["without classes"]),
+            (("--classes", "all"), ["nothing but noise"]),
             (("--cfg-scale", 2), ["--cfg-scale 2", "classes"]),
             (("--score", "shapes"), ["--score shapes", "ten classes"]),
         ]:
@@ -5846,6 +5857,602 @@ def test_a_device_without_float64_computes_the_same():
             found = trained_sampled_and_scored(device)
     for a, b in zip(found, expected, strict=True):
         close(a, b, 1e-4)
+
+
+# -------------------------------------------------------------------------------------------------
+# Conditions: DiT's four ways, given tokens, sets of pictures
+
+WAYS = list(diffit.CONDITION_IN)
+PATCHES = 16  # of SET's images
+SET = dict(
+    input_size=8, patch_size=2, in_channels=3, hidden_size=24, depth=2, num_heads=2, num_classes=0
+)
+
+
+def varied(model):
+    """The network with some of everything, also where weights start at zero."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.2 * torch.randn_like(p)
+    return model.eval()
+
+
+def condition_inputs(B=3, count=5, width=7):
+    torch.manual_seed(1)
+    return torch.randn(B, 3, 8, 8), torch.tensor([3, 400, 900])[:B], torch.randn(B, count, width)
+
+
+def test_parameter_counts_of_dits_ways():
+    """DiT Table 4, and to the last parameter: a block of 12 D^2 + 9 D, with cross-attention 4 D^2 +
+    4 D more, and so on."""
+    assert WAYS == choices_of("condition_in")
+    D = 1152
+    plain = 12 * D**2 + 9 * D
+    cross = 4 * D**2 + 4 * D
+    rest = (16 * D + D) + (256 * D + D + D**2 + D) + 1001 * D + (32 * D + 32)
+    head = 2 * D**2 + 2 * D
+    expected = {
+        "dit-xl-2-in-context": (28 * plain + rest, 449, 119.37),
+        "dit-xl-2-cross": (28 * (plain + cross) + rest, 598, 137.62),
+        "dit-xl-2-adaln": (28 * (plain + 4 * D**2 + 4 * D) + rest + head, 600, 118.56),
+        "dit-xl-2": (28 * (plain + 6 * D**2 + 6 * D) + rest + head, 675, 118.64),
+    }
+    for name, (count, millions, gflops) in expected.items():
+        parameters, multiply_adds, _ = diffit.measure(configs.PRESETS[name])
+        assert parameters == count and round(count / 1e6) == millions, (name, parameters)
+        close(multiply_adds / 1e9 / gflops, 1, 3e-4, name)
+
+
+def test_parameter_counts_of_set_networks():
+    counts = {"384x12-set": 43.26, "450x6-set": 37.46, "450x6-set-lag": 42.33}
+    for name, millions in counts.items():
+        with torch.device("meta"):
+            model = diffit.build(configs.PRESETS[f"cifar100-{name}"])
+        assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == millions, name
+        encoder = sum(p.numel() for p in model.set_encoder.blocks.parameters()) / 1e6
+        assert round(encoder, 2) == (10.64 if "384" in name else 14.60)
+
+
+def test_cross_attention_equals_the_naive_sum():
+    torch.manual_seed(0)
+    attention = diffit.CrossAttention(12, 3).double()
+    x = torch.randn(2, 5, 12).double()
+    c = torch.randn(2, 4, 12).double()
+    expected = torch.zeros_like(x)
+    keys, values = attention.kv(c).chunk(2, dim=-1)
+    queries = attention.q(x)
+    for b, n, h in itertools.product(range(2), range(5), range(3)):
+        part = slice(4 * h, 4 * h + 4)
+        scores = [(queries[b, n, part] @ keys[b, m, part]).item() / 2 for m in range(4)]
+        weights = np.exp(scores) / np.exp(scores).sum()
+        expected[b, n, part] = sum(w * values[b, m, part] for m, w in enumerate(weights))
+    close(attention(x, c), attention.proj(expected), 1e-12)
+    single = attention(x, c[:, :1])
+    close(single, single[:, :1].expand_as(single), 1e-14, "a single token tells all the same")
+
+
+def test_an_adaln_block_without_modulation_is_a_plain_one():
+    torch.manual_seed(0)
+    x = torch.randn(2, 16, 24)
+    c = torch.randn(2, 24)
+    plain = diffit.ViTBlock(24, 2, 4.0)
+    block = diffit.AdaLNBlock(24, 2, 4.0)
+    block.load_state_dict(plain.state_dict(), strict=False)
+    assert not torch.equal(block(x, c), plain(x))
+    nn.init.zeros_(block.adaLN_modulation[1].weight)
+    nn.init.zeros_(block.adaLN_modulation[1].bias)
+    assert torch.equal(block(x, c), plain(x))
+
+
+def test_each_way_of_conditioning_sees_time_and_tokens():
+    x, t, y = condition_inputs()
+    for way in WAYS:
+        model = varied(diffit.DiT(**SET, condition_in=way, token_width=7, token_count=5))
+        made = model(x, t, y)
+        assert made.shape == (3, 6, 8, 8)
+        assert (model(x, t + 9, y) - made).abs().max() > 1e-4, f"{way}: the time has no effect"
+        assert (model(x, t, y + 1) - made).abs().max() > 1e-4, f"{way}: the tokens have none"
+        close(model(x, t, y.flip(1)), made, 1e-5, f"{way}: the order of tokens does not matter")
+        # Where nothing else is in the softmax, one null token tells what five do.
+        alone = (model(x, t, model.y_embedder.null((3, 1, 7))) - model(x, t)).abs().max()
+        assert (alone < 1e-5) == (way not in ("cross", "in-context")), (way, alone)
+        assert torch.equal(model(x, t), model(x, t, model.y_embedder.null((3, 5, 7))))
+
+
+def test_a_label_is_one_token():
+    """For classes, c is what it always was: the embedding of the time plus that of the label."""
+    model = varied(diffit.DiT(**SMALL))
+    t = torch.tensor([5.0, 700.0])
+    y = torch.tensor([3, 10])
+    table = model.y_embedder.embedding_table.weight
+    assert torch.equal(model.condition(t, y), model.t_embedder(t) + table[y])
+
+
+def test_a_fresh_cross_attention_ignores_its_tokens():
+    x, t, y = condition_inputs()
+    model = diffit.DiT(**SET, condition_in="adaln-zero+cross", token_width=7, token_count=5)
+    with torch.no_grad():  # all but the cross-attention's projections
+        for name, p in model.named_parameters():
+            if ".cross.proj" not in name:
+                p += 0.2 * torch.randn_like(p)
+    assert torch.equal(model.eval()(x, t, y), model(x, t, torch.randn_like(y)))
+
+
+def test_given_tokens_enter_every_network():
+    """Those that have one condition vector take the mean of the embedded tokens."""
+    for words, cfg in every_network():
+        cfg = dataclasses.replace(cfg, num_classes=0, token_width=7, token_count=5)
+        model = varied(diffit.build(cfg))
+        t = torch.tensor([10.0, 20.0])
+        y = torch.randn(2, 5, 7)
+        c = model.t_embedder(t) + model.y_embedder.proj(y).mean(1)
+        close(model.condition(t, y), c, 1e-6, words)
+        null = model.t_embedder(t) + model.y_embedder.proj(model.y_embedder.null_token)[:, 0]
+        close(model.condition(t), null, 1e-6, words)
+
+
+def test_tokens_are_dropped_all_together():
+    torch.manual_seed(0)
+    embed = diffit.TokenEmbedder(2, 3, 2, dropout=0.25)
+    embed.load_state_dict(
+        {
+            "null_token": torch.tensor([[[0.0, 1]]]),
+            "proj.weight": torch.eye(2),
+            "proj.bias": torch.zeros(2),
+        }
+    )
+    y = torch.tensor([1.0, 0]).expand(20_000, 3, 2)
+    dropped = embed(y)[..., 1]
+    assert torch.equal(dropped[:, :1].expand_as(dropped), dropped), "all tokens of an image or none"
+    share = dropped[:, 0].mean().item()
+    assert abs(share - 0.25) < 5 * math.sqrt(0.25 * 0.75 / 20_000), share
+    assert torch.equal(embed.eval()(y), y)
+
+
+def test_guidance_by_tokens():
+    x, t, y = condition_inputs()
+    model = varied(diffit.DiT(**SET, condition_in="cross", token_width=7, token_count=5))
+    with torch.no_grad():
+        null = model(x, t)
+        expected = null + 2.5 * (model(x, t, y) - null)
+        expected[:, 3:] = model(x, t, y)[:, 3:]  # the variance
+        close(guided(model, y, 2.5)(x, t), expected, 1e-5)
+
+
+def set_network(**options):
+    return varied(diffit.DiT(**{**SET, **options}, set_depth=1))
+
+
+def test_contexts_leave_one_out():
+    """The context of a picture is the mean of the encodings of the others, each encoded by itself;
+    it does not depend on their order, and not in the least on the picture."""
+    model = set_network()
+    torch.manual_seed(2)
+    x = torch.randn(12, 3, 8, 8)
+    contexts = model.leave_one_out(x, 6)
+    assert contexts.shape == (12, PATCHES, 24)
+    alone = torch.cat([model.set_encoder(one) for one in x.split(1)])
+    for i in range(12):
+        first = i // 6 * 6
+        others = [j for j in range(first, first + 6) if j != i]
+        close(contexts[i], alone[others].mean(0), 1e-6, f"context {i}")
+        close(contexts[i], model.context(x[others][None])[0], 1e-6, "as when sampling")
+    order = [3, 0, 5, 1, 4, 2]
+    close(model.leave_one_out(x[:6][order], 6), contexts[:6][order], 1e-6, "permuted")
+    changed = x.clone()
+    changed[2] = 1000 * torch.randn(3, 8, 8)
+    again = model.leave_one_out(changed, 6)
+    assert torch.equal(again[2], contexts[2]), "not even a rounding error of its own picture"
+    assert all((again[i] - contexts[i]).abs().max() > 1e-3 for i in (0, 1, 3, 4, 5))
+    assert torch.equal(again[6:], contexts[6:]), "another set"
+    x.requires_grad_(True)
+    model.leave_one_out(x, 6)[2].sum().backward()
+    assert not x.grad[2].any() and all(x.grad[i].any() for i in (0, 1, 3, 4, 5))
+    copies = x[:1].expand(4, -1, -1, -1)
+    close(model.context(copies[None]), model.context(x[None, :1]), 1e-6, "copies tell no more")
+
+
+def test_sets_and_tokens_train_in_every_network():
+    """A step: gradients everywhere; samples from a support, and none without."""
+    kinds = data.ShapeKinds(16, kinds=4, each=6)
+    for words, cfg in every_network():
+        fields = dict(num_classes=0, set_size=2, set_depth=1, diffusion_steps=20, sampling_steps=2)
+        cfg = dataclasses.replace(cfg, **fields)
+        trainer = train.Trainer(cfg, torch.device("cpu"))
+        with torch.no_grad():
+            for p in trainer.parameters:
+                p += 0.1 * torch.randn_like(p)
+        before = [p.detach().clone() for p in trainer.parameters]
+        x = torch.stack([kinds.example(i, False, None) for i in (0, 4, 1, 5)])
+        columns, _ = trainer.step(0, itertools.repeat((x, torch.arange(4), [])), True)
+        t = columns["t"]
+        assert t[0] == t[1] and t[2] == t[3], "one noise level for a set"
+        names = [name for name, _ in trainer.model.named_parameters()]
+        still = [name for name, p, q in zip(names, before, trainer.parameters) if p.equal(q)]
+        assert len(still) <= 1, (words, still)
+        assert columns["worth"].isfinite().all() and columns["context_norm"].min() > 0
+        support = sample.Support(cfg, kinds, "kinds", [1, 3], 3)
+        ((x, labels),) = sample.generate(trainer.ema.model, cfg, range(3), support)
+        assert x.isfinite().all() and labels.tolist() == [1, 3, 1], words
+
+
+def test_the_log_says_what_the_context_is_worth():
+    """The loss with null tokens less the loss with its own, at the same noise, by hand."""
+    cfg = configs.config_from_preset(
+        "shapes-set", dict(input_size=8, hidden_size=24, depth=1, num_heads=2, batch_size=12)
+    )
+    trainer = train.Trainer(cfg, torch.device("cpu"))
+    varied(trainer.model)
+    torch.manual_seed(0)
+    x = torch.randn(12, 3, 8, 8)
+    with torch.no_grad():
+        y = trainer.model.leave_one_out(x, 6)
+        t = trainer.process.draw(12)
+        noise = torch.randn_like(x)
+        found = trainer.watch(x, t, y, None, t, noise)
+        trainer.model.eval()
+        own, null = (
+            trainer.process.loss(lambda x, t: trainer.model(x, t, z), x, t, noise)["loss"]
+            for z in (y, trainer.model.y_embedder.null_token.expand_as(y))
+        )
+    close(found["worth"], null - own, 1e-6)
+    assert found["worth"].abs().min() > 0
+    close(found["context_norm"], y.flatten(1).norm(dim=1), 1e-6)
+    close(found["context_mean"], y.abs().mean((1, 2)), 1e-6)
+    close(found["context_max"], y.abs().amax((1, 2)), 1e-6)
+    close(found["context_std"], y.flatten(1).numpy().std(1), 1e-6)
+
+
+def test_kinds_of_shapes_follow_from_their_number():
+    one = data.ShapeKinds(16, kinds=7, each=3)
+    assert len(one) == 21 and one.labels.tolist() == [*range(7)] * 3
+    assert torch.equal(*(torch.from_numpy(data.ShapeKinds(16, 7, 3).read(9)) for _ in range(2)))
+    assert len({one.read(i).tobytes() for i in range(21)}) == 21
+    few = data.ShapeKinds(16, kinds=[5, 2], each=2, seed=4)
+    assert few.labels.tolist() == [5, 2, 5, 2]
+    for coloured in (True, False):
+        # Drawn large, at the same place: two pictures of a kind are closer than those of two kinds.
+        kinds = data.ShapeKinds(32, kinds=[5, 2], each=20, coloured=coloured)
+        means = np.stack([kinds.read(i) for i in range(40)]).reshape(20, 2, -1).mean(0)
+        assert np.abs(means[0] - means[1]).mean() > 3
+    for k in range(200):
+        radius = np.linalg.norm(data.random_outline(np.random.default_rng(k)), axis=1)
+        close(radius.max(), 1, 1e-12)
+        assert radius.min() > 0.05
+    assert one.fingerprint() != data.ShapeKinds(16, 7, 3, coloured=False).fingerprint()
+
+
+def identity_stream(labels, **options):
+    """A stream over images that show their own number: place -> image."""
+    images = np.repeat(np.arange(len(labels), dtype=np.uint8), 12).reshape(-1, 2, 2, 3)
+    dataset = data.ImageArray(images, np.array(labels))
+    return data.ShuffledStream(dataset, 1, set_size=3, **options)
+
+
+def test_sets_in_the_order_of_training():
+    """Each run of n places is of one class, none of those held out, and each image comes once in an
+    epoch at most; what is left of a class comes in others."""
+    labels = [k for k, count in enumerate([7, 3, 10, 2 + 1, 5]) for _ in range(count)]
+    stream = identity_stream(labels, holdout=(1,))
+    assert stream.length == 6 + 9 + 3 + 3
+    epochs = []
+    for epoch in range(6):
+        places = range(stream.length * epoch, stream.length * (epoch + 1))
+        images = [int(stream[place][0][0, 0, 0]) for place in places]
+        classes = [stream[place][1] for place in places]
+        assert classes == [labels[i] for i in images]
+        sets = [classes[k : k + 3] for k in range(0, len(classes), 3)]
+        assert all(len(set(group)) == 1 for group in sets) and 1 not in classes
+        assert len(set(images)) == len(images), "at most once in an epoch"
+        epochs.append(images)
+    assert len({tuple(images) for images in epochs}) == 6
+    assert set(sum(epochs, [])) == {i for i, k in enumerate(labels) if k != 1}
+    again = identity_stream(labels, holdout=(1,))
+    for place in (100, 3, 77):
+        assert torch.equal(again[place][0], stream[place][0])
+    batches = [range(k, k + 6) for k in range(0, 60, 6)]
+    for a, b in zip(data.loader(stream, batches, 0), data.loader(stream, batches, 2), strict=True):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+def test_an_unreadable_image_of_a_set_gives_way_to_one_of_its_class():
+    labels = [0] * 7 + [1] * 400
+    for broken in range(7):
+        stream = identity_stream(labels)
+        read = data.ImageArray.read
+
+        def reads(self, i):
+            if i == broken:
+                raise data.UnreadableImage("broken")
+            return read(self, i)
+
+        with patch.object(data.ImageArray, "read", reads):
+            for first in range(0, 3 * stream.length, 3):
+                if stream[first][1] == 0:
+                    found = [stream[place] for place in range(first, first + 3)]
+                    images = {int(x[0, 0, 0]) for x, *_ in found}
+                    assert len(images) == 3 and max(images) < 7 and broken not in images
+                    assert {name for *_, bad in found for name, _ in bad} <= {f"image {broken}"}
+
+
+SETS = ("--preset", "shapes-set", "--data", "shapes-set", "--input-size", 8, "--set-depth", 1)
+SETS += ("--batch-size", 12)
+
+
+def test_sets_resume_as_if_unbroken():
+    """Stopped in the middle of a tick, with other workers: every tensor, and the log with what
+    contexts are worth, bit for bit."""
+    with folder() as root:
+        with patch.object(data.Shapes, "read", data.ShapeKinds.read):  # stopped_run counts these
+            pass
+        whole = tiny_run(root / "whole", *SETS, kimg=0.12)
+        tiny_run(root / "parts", *SETS, "--workers", 2, kimg=0.036)
+        parts = tiny_run(root / "parts", *SETS, kimg=0.12)
+        assert whole["step"] == 10 and same_training(whole, parts)
+        log = log_of(root / "whole")
+        assert same(log, log_of(root / "parts"))
+        assert {"worth", *train.CONTEXT} <= log[0].keys()
+        assert "set_encoder" in log[0]["grad_norm_parts"]
+        assert Image.open(root / "whole/loss.png").size == (1200, 1200)
+        # 24 images beside five pictures each: two cells in a row, of 6 pictures and a gap.
+        grid = Image.open(root / "whole/samples-000000.png")
+        assert grid.size[0] == 2 * (64 * 6 + 16 + 2) + 2
+
+
+def train_sets(root):
+    fields = dict(input_size=8, hidden_size=32, depth=1, num_heads=2, set_depth=1, batch_size=24)
+    fields |= dict(micro_batch=12, kimg=0.12, tick_kimg=0.048, sampling_steps=2, workers=0)
+    for way in ("adaln-zero", "adaln-zero+cross"):
+        cfg = configs.config_from_preset("shapes-set", {**fields, "condition_in": way})
+        with signals_restored(), contextlib.redirect_stderr(io.StringIO()):
+            train.train(cfg, data.ShapeKinds(8), root / way, device=torch.device("cpu"))
+
+
+def test_sets_in_two_processes_equal_one():
+    with folder() as one, folder() as two:
+        train_sets(one)
+        in_two_processes(train_sets, two)
+        for way in ("adaln-zero", "adaln-zero+cross"):
+            a, b = (torch.load(root / way / "last.pt", weights_only=True) for root in (one, two))
+            assert a["step"] == 5 and same(a, b), f"{way}: two processes differ from one"
+            assert same(log_of(one / way), log_of(two / way))
+
+
+def test_sampling_from_a_support():
+    """A folder of a few pictures of any size; classes of a data set, those held out unless told
+    otherwise; image i from (seed, i) alone."""
+    with folder() as root:
+        tiny_run(root / "run", *SETS, "--lr", 0.01, kimg=0.06)
+        (root / "five").mkdir()
+        kinds = data.ShapeKinds(20, [7], 5)
+        for i in range(5):
+            size = (20 + i, 30)
+            Image.fromarray(kinds.read(i)).resize(size).save(root / f"five/{i}.png")
+        (root / "five/notes.txt").write_text("x")
+        (root / "five/broken.png").write_bytes(b"x")
+        flags = ("--ckpt", root / "run")
+        five = (*flags, "--support", root / "five")
+        said = succeeds(sample, *five, "--num-images", 11, "--out", root / "x.png")
+        holds(said, ["6 images; left out: 1 .txt", "skipped broken.png", "wrote"])
+        assert Image.open(root / "x.png").size == (64 * (5 + 8) + 16 + 4, 2 * 66 + 2)
+        succeeds(sample, *five, "--num-images", 3, "--npz", root / "a.npz", "--shots", 2)
+        with np.load(root / "a.npz") as found:
+            assert found["arr_0"].shape == (3, 8, 8, 3) and "arr_1" not in found
+        # Held-out kinds in turn; the support of an image does not depend on the others.
+        many = (*flags, "--support", "shapes-set", "--num-images", 25, "--seed", 3)
+        said = succeeds(sample, *many, "--npz", root / "b.npz", "--score", "shapes")
+        holds(said, ["% named right", "5 pictures each of shapes-set, classes 980,981", "20 kinds"])
+        images, labels = arrays(root / "b.npz")
+        assert labels == [*range(980, 1000), *range(980, 985)]
+        few = (*many, "--num-images", 3, "--batch", 1, "--npz", root / "c.npz")
+        succeeds(sample, *few)
+        assert most_different(arrays(root / "c.npz")[0], images[:3]) <= 1
+        some = (*many, "--num-images", 3, "--classes", "4,2", "--dir", root / "d")
+        said = succeeds(sample, *some, "--shots", 1, "--npz", root / "d.npz")
+        holds(said, ["24000 images of 1000 classes"])
+        assert arrays(root / "d.npz")[1] == [4, 2, 4]
+        complains(sample, *some, "--shots", 2, words=["another run", "shots"])
+        model, cfg = load_model(root / "run")
+        support = sample.Support(cfg, data.ShapeKinds(8), "kinds", [4, 2], 3)
+        alone = [support.y(model, [i], seed=5) for i in range(4)]
+        together = support.y(model, range(4), seed=5)
+        close(torch.cat(alone), together, 1e-6)
+        assert (together[0] - together[2]).abs().max() > 1e-3, "the same class, another support"
+        for args, words in [
+            (flags, ["--support PATH"]),
+            ((*flags, "--classes", "3"), ["--classes 3", "--support PATH"]),
+            ((*flags, "--tokens", "x.npz"), ["--tokens x.npz", "--support PATH"]),
+            ((*flags, "--shots", 3), ["--shots 3", "--support"]),
+            ((*five, "--shots", 9), ["6 pictures", "--shots asks for 9"]),
+            ((*five, "--shots", 6), ["only 5 of its pictures can be read"]),
+            ((*five, "--classes", "1"), ["has no classes"]),
+            ((*many, "--shots", 25), ["24 pictures of class 980", "25"]),
+            ((*many, "--classes", "1000"), ["there is no class 1000"]),
+            ((*flags, "--support", root / "none"), ["there is no data at"]),
+        ]:
+            complains(sample, *args, "--out", root / "y.png", words=words)
+        (root / "empty").mkdir()
+        empty = (*flags, "--support", root / "empty", "--out", root / "y.png")
+        complains(sample, *empty, words=["holds no images"])
+        unguided = ("--cfg-scale", 1, "--num-images", 2, "--out", root / "z.png")
+        succeeds(sample, *flags, *unguided)
+        succeeds(sample, "--bench", 1, *flags, "--batch", 2)
+    with checkpoint() as (root, path):
+        refused_here = ("--ckpt", path, "--support", "shapes-set", "--out", root / "x.png")
+        complains(sample, *refused_here, words=["--support shapes-set", "one of 10 classes"])
+
+
+def test_references_of_some_classes():
+    shapes = data.Shapes(32, 40)
+    some = data.OfClasses(shapes, [7, 2])
+    assert len(some) == 8 and set(some.labels.tolist()) == {2, 7}
+    assert some.name(1) == "shape 7" and np.array_equal(some.read(1), shapes.read(7))
+    refused(lambda: data.OfClasses(shapes, [2, 11]), "class 11")
+    with folder() as root, small_inception():
+        weights = ("--inception", inception_file(root / "i.pth"))
+        np.savez(root / "a.npz", all_images(shapes), arr_1=shapes.labels)
+        flags = (*weights, "--workers", 0, "--classes", "2,7")
+        said = succeeds(sample, "--reference", root / "a.npz", "--out", root / "r.npz", *flags)
+        holds(said, ["statistics of 8 images"])
+        scored = ("--images", root / "a.npz", "--score", root / "r.npz", "--force", *flags)
+        said = succeeds(sample, *scored)
+        holds(said, ["FID 0.0000", "8 images of", "classes 2,7", "a.npz, classes 2,7"])
+        np.savez(root / "b.npz", all_images(shapes))
+        args = ("--reference", root / "b.npz", "--out", root / "s.npz", *flags)
+        complains(sample, *args, words=["has no classes"])
+
+
+def test_training_on_given_tokens():
+    """From an .npz with a float arr_1 to samples of tokens in a file; the width and the number are
+    those of the data."""
+    with folder() as root:
+        shapes = data.Shapes(32, 40)
+        tokens = np.eye(10, dtype=np.float16)[shapes.labels]
+        np.savez(root / "a.npz", all_images(shapes), tokens)
+        np.savez(root / "b.npz", all_images(shapes), np.repeat(tokens[:, None], 3, axis=1))
+        np.savez(root / "p.npz", tokens[:4])
+        flags = ("--model", "dit", "--condition-in", "adaln-zero+cross", "--data")
+        said = []
+        with contextlib.redirect_stderr(io.StringIO()):
+            said = succeeds(
+                train, *TINY, *flags, root / "a.npz", "--out", root / "run", "--kimg", 0.032
+            )
+        holds(said, ["40 images with 1 token each of width 10"])
+        cfg = torch.load(root / "run/last.pt", weights_only=True)["config"]
+        assert (cfg["num_classes"], cfg["token_width"], cfg["token_count"]) == (0, 10, 1)
+        assert {"worth", *train.CONTEXT} <= log_of(root / "run")[0].keys()
+        tiny_run(root / "three", *flags, root / "b.npz", "--workers", 2, kimg=0.016)
+        cfg = torch.load(root / "three/last.pt", weights_only=True)["config"]
+        assert (cfg["token_width"], cfg["token_count"]) == (10, 3)
+        ckpt = ("--ckpt", root / "run", "--tokens", root / "p.npz")
+        succeeds(sample, *ckpt, "--num-images", 6, "--npz", root / "x.npz")
+        model, cfg = load_model(root / "run")
+        shown = sample.Tokens(cfg, tokens[:4, None], "p")
+        ((x, labels),) = sample.generate(model, cfg, range(6), shown)
+        with np.load(root / "x.npz") as found:
+            assert labels is None and most_different(found["arr_0"], data.to_uint8(x)) <= 1
+        other = ("--ckpt", root / "three", "--tokens", root / "p.npz", "--out", root / "y.png")
+        complains(sample, *other, words=["1 tokens of width 10", "takes 3 of width 10"])
+        np.savez(root / "wide.npz", np.zeros((4, 11), np.float32))
+        np.savez(root / "labels.npz", np.arange(4))
+        np.savez(root / "nan.npz", np.full((4, 10), np.nan))
+        for file, words in [
+            ("wide.npz", ["of width 11", "1 of width 10"]),
+            ("labels.npz", ["int64 (4,)", "not tokens"]),
+            ("nan.npz", ["not finite"]),
+            ("none.npz", ["there is no file"]),
+        ]:
+            args = ("--ckpt", root / "run", "--tokens", root / file, "--out", root / "y.png")
+            complains(sample, *args, words=words)
+        out = ("--kimg", 0.016, "--out", root / "new")
+        for args, words in [
+            (("a.npz", "--token-width", 9), ["1 of width 9 tokens", "1 of width 10"]),
+            (("a.npz", "--num-classes", 10), ["--num-classes and --token-width", "choose one"]),
+        ]:
+            complains(train, *TINY, *flags, root / args[0], *args[1:], *out, words=words)
+        np.savez(root / "bad.npz", all_images(shapes), tokens[:7])
+        complains(train, *TINY, "--data", root / "bad.npz", *out, words=["7 images, and arr_0 40"])
+        prepared = ("prepare", root / "a.npz", root / "a.zip", "--size", 16)
+        complains(data, *prepared, words=["has tokens, which a .zip cannot hold"])
+        tokens = np.eye(10)[shapes.labels]
+        tokens[3] = np.nan
+        dataset = data.ImageArray(all_images(shapes), None, tokens=tokens[:, None])
+        stream = data.ShuffledStream(dataset)
+        bad = [pair for place in range(40) for pair in stream[place][2]]
+        assert bad == [("image 3", "its tokens are not finite")]
+
+
+def test_sets_and_tokens_of_latents():
+    """Networks of latents: sets from cached latents, a support through the VAE, tokens beside
+    them."""
+    fields = {**LATENT_PRESET, "model": "dit", "num_classes": 0, "set_size": 2, "set_depth": 1}
+    fields |= {"holdout": (0, 1)}
+    with folder() as root, preset("tiny", **fields), preset(
+        "told", **{**LATENT_PRESET, "num_classes": 0, "cfg_scale": 1.0}
+    ):
+        vae = ("--vae", vae_file(root / "v.safetensors"))
+        images = all_images(data.Shapes(16, 40))
+        np.savez(root / "a.npz", images, np.arange(40) % 10)
+        cache(root / "a.npz", root / "z", *vae, "--size", 16)
+        succeeds(train, "--preset", "tiny", "--data", root / "z", *vae, "--out", root / "run")
+        assert Image.open(root / "run/samples-000000.png").size[0] > 1000
+        for support in ("a.npz", "z"):
+            flags = ("--ckpt", root / "run", "--support", root / support, "--num-images", 4)
+            npz = root / f"by-{support}.npz"
+            succeeds(sample, *flags, "--npz", npz)
+            assert arrays(npz)[1] == [0, 1, 0, 1] and arrays(npz)[0].shape == (4, 16, 16, 3)
+        np.savez(root / "b.npz", images, np.eye(10)[np.arange(40) % 10])
+        cache(root / "b.npz", root / "y", *vae, "--size", 16)
+        latents = data.open_dataset(root / "y")
+        assert np.array_equal(latents.tokens[:, 0], np.eye(10)[np.arange(40) % 10])
+        succeeds(train, "--preset", "told", "--data", root / "y", "--out", root / "told")
+        model, cfg = load_model(root / "told/last.pt")
+        assert cfg.token_width == 10
+
+
+def test_sets_that_cannot_be():
+    with folder() as root:
+        shapes = all_images(data.Shapes(8, 30))
+        np.savez(root / "a.npz", shapes, np.array([0] * 20 + [1] * 6 + [2] * 4))
+        np.savez(root / "plain.npz", shapes)
+        ours = ("--data", root / "a.npz", "--holdout", "2")
+        flags = (*TINY, *SETS, "--kimg", 0.012, "--out", root / "run")
+        succeeds(train, *flags, *ours)
+        for args, words in [
+            (("--data", root / "plain.npz"), ["has no labels", "sub-folders"]),
+            (("--data", root / "a.npz"), ["--holdout names the class 980", "--holdout ''"]),
+            (("--data", root / "a.npz", "--holdout", ""), ["class 2", "4 images", "--set-size 6"]),
+            ((*ours, "--holdout", "0,1,2"), ["all 3 classes"]),
+            ((*ours, "--holdout", "0.5"), ["whole numbers"]),
+            ((*ours, "--set-size", 1), ["--set-size 1", "2 or more"]),
+            ((*ours, "--set-size", 0), ["--set-size 0", "--set-depth 1"]),
+            ((*ours, "--set-depth", 0), ["--set-size 6", "--set-depth 0"]),
+            ((*ours, "--batch-size", 10), ["--batch-size 10", "multiple of --set-size 6"]),
+            ((*ours, "--micro-batch", 4), ["--micro-batch 4", "multiple of --set-size 6"]),
+            ((*ours, "--num-classes", 3), ["--num-classes and --set-depth", "choose one"]),
+            ((*ours, "--token-width", 3), ["--token-width and --set-depth", "choose one"]),
+        ]:
+            new = ("--out", root / "new")
+            complains(train, *flags, *args, *new, words=words)
+        complains(
+            train, *TINY, "--holdout", "3", "--out", root / "new", words=["--holdout", "--set-size"]
+        )
+        complains(train, *TINY, "--token-count", 3, "--out", root / "new", words=["--token-width"])
+        complains(
+            train,
+            *TINY,
+            "--condition-in",
+            "cross",
+            "--out",
+            root / "new",
+            words=["--condition-in is for dit"],
+        )
+
+
+def test_a_network_learns_what_a_few_pictures_show():
+    """Sets of four kinds that are four colours: after a short training the mean colour of samples
+    follows that of the support, of kinds that were held out, too."""
+    rng = np.random.default_rng(0)
+    colours = rng.integers(0, 256, (60, 3))
+    labels = np.repeat(np.arange(60), 8)
+    images = colours[labels][:, None, None] + rng.integers(-9, 10, (480, 4, 4, 3))
+    dataset = data.ImageArray(images.clip(0, 255).astype(np.uint8), labels)
+    fields = dict(input_size=4, patch_size=2, hidden_size=48, depth=2, set_depth=1, num_heads=2)
+    fields |= dict(set_size=3, batch_size=48, lr=3e-3, kimg=24, holdout=tuple(range(50, 60)))
+    fields |= dict(workers=0, cfg_scale=1.0, tick_kimg=4, sample_kimg=100, sampling_steps=8)
+    cfg = configs.config_from_preset("shapes-set", fields)
+    with folder() as root, signals_restored(), contextlib.redirect_stderr(io.StringIO()):
+        train.train(cfg, dataset, root / "run", device=torch.device("cpu"))
+        model, cfg = load_model(root / "run")
+        worth = log_of(root / "run")[-1]["worth"]
+    support = sample.Support(cfg, dataset, "colours", list(cfg.holdout), 2)
+    ((x, labels),) = sample.generate(model, cfg, range(40), support)
+    made = data.to_uint8(x).mean((1, 2))
+    error = np.abs(made - colours[labels]).mean()
+    chance = np.abs(made - colours[np.roll(labels, 1)]).mean()
+    assert error < 0.5 * chance, (error, chance)
+    assert worth > 0, worth
 
 
 # -------------------------------------------------------------------------------------------------

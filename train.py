@@ -22,6 +22,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -207,7 +208,7 @@ class Trainer:
         """One step, on this process's next micro-batches (x, y, unreadable).
 
         -> columns, norms. columns: per image of the whole batch, a dict of (batch_size,) tensors,
-        its noise level, weight and losses, and if asked for the norm of its condition vector.
+        its noise level, weight and losses, and if asked for what `watch` says of its condition.
         norms (1 + parts,): of the gradient and of each of its parts; None if it was not finite, and
         then nothing changed but what cfg.nonfinite_grads says."""
         cfg = self.cfg
@@ -245,16 +246,18 @@ class Trainer:
 
     def accumulate(self, x, y, step, k, with_condition):
         """Forward and backward pass of micro-batch k of a step -> its columns, (b,) each.
-        x (b, C, H, W) uint8 or latents, y (b,)."""
+        x (b, C, H, W) uint8 or latents, y (b,) or (b, M, E)."""
         cfg = self.cfg
         x = data.to_network(x.to(self.device, non_blocking=True))  # pixels in [-1, 1]
-        y = y.to(self.device, non_blocking=True) if cfg.num_classes else None
+        y = y.to(self.device, non_blocking=True) if cfg.guidable else None
         # Noise, timesteps and dropped labels: the same whichever process has this micro-batch.
         torch.manual_seed(configs.seed_from(cfg.seed, step, k))
         t, weight = self.draw_noise_levels(len(x))
+        pictures = x  # for sets: as they are given when sampling
         augmented = None
         if cfg.augment:
             x, augmented = data.augment(x, cfg.augment)
+        noise = torch.randn_like(x)
         times = []  # what the process tells the network of t
 
         def network(x, time):
@@ -262,7 +265,9 @@ class Trainer:
             return self.model(x, time, y, augmented)
 
         with configs.autocast(cfg.precision, self.device):
-            losses = self.process.loss(network, x, t)  # each (b,)
+            if cfg.set_size:
+                y = self.model.leave_one_out(pictures, cfg.set_size)
+            losses = self.process.loss(network, x, t, noise)  # each (b,)
         if k == self.mine[-1]:
             self.averager.start()
         # Divided by the whole batch: gradients of micro-batches and processes just add up.
@@ -271,16 +276,45 @@ class Trainer:
         columns = {"t": t, "weight": weight}
         columns |= {name: value.detach() for name, value in losses.items()}
         if with_condition:
-            with torch.no_grad():  # drops labels anew; it is the distribution that matters
-                c = self.model.condition(times[0], y, augmented)  # (b, D)
-            columns["condition"] = c.norm(dim=1)
+            columns |= self.watch(x, times[0], y, augmented, t, noise)
         return columns
 
     def draw_noise_levels(self, b):
-        """For a micro-batch of b images: their noise levels, and the weights of their losses."""
+        """For a micro-batch of b images: their noise levels, one for all images of a set, and the
+        weights of their losses."""
+        n = self.cfg.set_size or 1
         if self.timesteps:
-            return self.timesteps.sample(b, self.device)
-        return self.process.draw(b, self.device), torch.ones(b, device=self.device)
+            t, weight = self.timesteps.sample(b // n, self.device)
+        else:
+            t = self.process.draw(b // n, self.device)
+            weight = torch.ones(b // n, device=self.device)
+        return t.repeat_interleave(n), weight.repeat_interleave(n)
+
+    @torch.no_grad()
+    def watch(self, x, time, y, augmented, t, noise):
+        """What the log says of conditions, for each image: the norm of its condition vector; if y
+        are tokens, also their size, and what they are worth: the loss with null tokens in their
+        place, less the loss with them, at the same noise."""
+        c = self.model.condition(time, y, augmented)  # (b, D); drops labels anew
+        columns = {"condition": c.norm(dim=1)}
+        if y is None or not y.is_floating_point():
+            return columns
+        tokens = y.detach().float().flatten(1)
+        columns["context_norm"] = tokens.norm(dim=1)
+        columns["context_mean"] = tokens.abs().mean(dim=1)
+        columns["context_max"] = tokens.abs().amax(dim=1)
+        columns["context_std"] = tokens.std(dim=1, correction=0)
+
+        def loss(y):
+            with configs.autocast(self.cfg.precision, self.device):
+                return self.process.loss(
+                    lambda x, time: self.model(x, time, y, augmented), x, t, noise
+                )["loss"]
+
+        self.model.eval()  # without dropping
+        columns["worth"] = loss(self.model.y_embedder.null(y.shape)) - loss(y)
+        self.model.train()
+        return columns
 
     def gradient_norms(self):
         """(1 + parts,): the norm of the gradient, then that of each part of the network."""
@@ -555,6 +589,11 @@ def read_config(path):
 # Progress: a line, a log, curves
 
 
+# The columns of Trainer.watch, which only the last step of a tick has.
+CONTEXT = ["context_norm", "context_mean", "context_max", "context_std"]
+WATCHED = {"condition", *CONTEXT, "worth"}
+
+
 class Progress:
     """Means over each tick, shown as one live line on a terminal, elsewhere as a line per tick, and
     kept in log.jsonl. The columns of a tick so far stay on the device and go into the checkpoint,
@@ -589,13 +628,13 @@ class Progress:
         its step. UserError if it is not of the form that `state` returns."""
         steps = state.get("columns", state.get("seen"))  # its earlier name
         norms = state.get("norms")
-        required, known = {"t", "weight", "loss"}, {"mse", "vlb", "condition"}
+        required, known = {"t", "weight", "loss"}, {"mse", "vlb", *WATCHED}
         batch = self.cfg.batch_size
         whole = (
             all(isinstance(part, list) for part in (steps, norms))
             and all(isinstance(columns, dict) for columns in steps)
             and all(required <= columns.keys() <= required | known for columns in steps)
-            and len({frozenset(columns) - {"condition"} for columns in steps}) <= 1
+            and len({frozenset(columns) - WATCHED for columns in steps}) <= 1
             and all(is_vector(c, batch) for columns in steps for c in columns.values())
             and all(is_vector(norm, parts) for norm in norms)
             and type(state.get("skipped")) is int
@@ -653,15 +692,19 @@ class Progress:
         if self.live:
             configs.live_line(self.last_line)
 
-    def tick(self, trainer, done, condition):
-        """At the end of a tick: a line, an entry in the log, and a fresh tick. condition (batch,):
-        norms of the condition vectors."""
+    def tick(self, trainer, done, columns):
+        """At the end of a tick: a line, an entry in the log, and a fresh tick. columns: of its last
+        step."""
         entry = self.entry(trainer, done)
+        condition = columns["condition"]
         entry["condition_norm"] = {
             "mean": condition.mean().item(),
             "std": condition.std(correction=0).item(),
             "max": condition.max().item(),
         }
+        for name in (*CONTEXT, "worth"):
+            if name in columns:
+                entry[name] = columns[name].mean().item()
         self.write(entry)
         if self.writes:
             self.last_line = self.line(entry)
@@ -701,7 +744,7 @@ class Progress:
         the gradient."""
         if not self.columns:
             return {}
-        names = [name for name in self.columns[0] if name != "condition"]
+        names = [name for name in self.columns[0] if name not in WATCHED]
         columns = {name: torch.cat([step[name] for step in self.columns]) for name in names}
         weight = columns["weight"]
         means = {
@@ -767,8 +810,8 @@ def number_in(entry, keys):
 
 
 def draw_curves(log, path):
-    """loss.png: what the log holds over thousands of images, on logarithmic scales; with scores, a
-    third row."""
+    """loss.png: what the log holds over thousands of images, on logarithmic scales; with tokens of
+    y a third row, and with scores another."""
 
     def curve(name, *keys):
         """(name, points) of what the entries hold under these keys."""
@@ -784,16 +827,21 @@ def draw_curves(log, path):
         "loss by quartile of the noise, 1 the cleanest": quartiles,
         "gradient norm: all, and the largest part": [curve("all", "grad_norm"), largest_part],
         "norm of the condition vector": condition,
+        "tokens of y, of an image": [curve(name[8:], name) for name in CONTEXT],
+        "loss with null tokens, less with its own": [curve("worth", "worth")],
         "scores of samples": [curve(name, name.lower()) for name in ("IS", "sFID", "FID")],
         "precision and recall": [curve(name, name) for name in ("recall", "precision")],
     }
-    scored = any("fid" in entry for entry in log)
-    image = Image.new("RGB", (1200, 1200 if scored else 800), "white")
-    for k, (title, curves) in enumerate(panels.items()):
-        curves = [(name, points) for name, points in curves if points]
-        if curves:
-            corner = 600 * (k % 2), 400 * (k // 2)
-            draw_panel(ImageDraw.Draw(image), corner, title, curves)
+    panels = list(panels.items())
+    rows = [panels[k : k + 2] for k in range(0, len(panels), 2)]
+    # The first two always; the others where the log has their numbers.
+    rows = rows[:2] + [row for row in rows[2:] if any(points for _, points in row[0][1])]
+    image = Image.new("RGB", (1200, 400 * len(rows)), "white")
+    for k, row in enumerate(rows):
+        for column, (title, curves) in enumerate(row):
+            curves = [(name, points) for name, points in curves if points]
+            if curves:
+                draw_panel(ImageDraw.Draw(image), (600 * column, 400 * k), title, curves)
     data.save_image(image, path)
 
 
@@ -905,7 +953,7 @@ def open_loader(dataset, cfg, trainer, first_step):
         for step in range(first_step, total_steps(cfg))
         for k in trainer.mine
     )
-    stream = data.ShuffledStream(dataset, cfg.seed, cfg.xflip)
+    stream = data.ShuffledStream(dataset, cfg.seed, cfg.xflip, cfg.set_size, cfg.holdout)
     pin_memory = trainer.device.type == "cuda"
     return TimedLoader(data.loader(stream, places, cfg.workers, pin_memory))
 
@@ -1011,18 +1059,19 @@ def train(
         trainer = Trainer(cfg, device, weights)
         progress = Progress(cfg, out, device, dataset, fingerprint, on_entry)
         start = resume(out, cfg, trainer, progress)
-        scores = SampleScores(cfg, out, trainer, progress, vae, scorer)
+        shown = sample.shown_in_training(cfg, dataset, vae)
+        scores = SampleScores(cfg, out, trainer, progress, vae, shown, scorer)
         if start >= total_steps(cfg) and not scores.due(start):
             return None
         progress.start(start)
         try:
             with StopSignal() as stop:
-                return loop(cfg, dataset, out, trainer, progress, vae, scores, start, stop)
+                return loop(cfg, dataset, out, trainer, progress, vae, shown, scores, start, stop)
         except Stopped as stopped:  # in the middle of scores
             return stopped.signal
 
 
-def loop(cfg, dataset, out, trainer, progress, vae, scores, start, stop):
+def loop(cfg, dataset, out, trainer, progress, vae, shown, scores, start, stop):
     """The steps from `start` on, and what is due after each -> the number of the signal that ended
     it, or None at the end."""
     total = total_steps(cfg)
@@ -1045,7 +1094,7 @@ def loop(cfg, dataset, out, trainer, progress, vae, scores, start, stop):
         refuse_divergence(cfg, out, progress, step)
 
         if tick_due:
-            progress.tick(trainer, done, columns["condition"])
+            progress.tick(trainer, done, columns)
         else:
             progress.show(trainer, done)
         grid_by_kimg = reached(cfg, cfg.sample_kimg, done)
@@ -1055,12 +1104,12 @@ def loop(cfg, dataset, out, trainer, progress, vae, scores, start, stop):
         # by time alone need not be made again, and a signal leaves no time for it.
         grid_first = grid_by_kimg and not signalled
         if grid_due and grid_first:
-            clock.drew(save_pictures(cfg, out, trainer, progress, vae, name))
+            clock.drew(save_pictures(cfg, out, trainer, progress, vae, shown, name))
         if grid_due or number_due or save_due or signalled or scores.due(done):
             save_run(cfg, out, trainer, progress, done, number_due)
             clock.saved()
         if grid_due and not grid_first:
-            clock.drew(save_pictures(cfg, out, trainer, progress, vae, name))
+            clock.drew(save_pictures(cfg, out, trainer, progress, vae, shown, name))
         if scores.due(done) and not signalled:
             scores.compute(done, stop)
         if signalled and (done < total or scores.due(done)):
@@ -1084,16 +1133,14 @@ def name_by_kimg(cfg, done):
     return f"{done * cfg.batch_size // 1000:06}"
 
 
-def save_pictures(cfg, out, trainer, progress, vae, name):
+def save_pictures(cfg, out, trainer, progress, vae, shown, name):
     """samples-NAME.png, a grid always of the same noise and classes, and the curves -> the seconds
     that it took."""
     start = time.monotonic()
     if vae or cfg.in_channels == 3:
         path = out / f"samples-{name}.png"
         batch = min(64, trainer.micro)
-        model = trainer.ema.model
-        model.class_names = progress.about["class_names"]
-        sample.save_samples(model, cfg, path, vae, batch=batch)
+        sample.save_samples(trainer.ema.model, cfg, path, vae, shown=shown, batch=batch)
     on_rank_0(lambda: draw_curves(progress.log, out / "loss.png"))
     progress.show_again()
     return time.monotonic() - start
@@ -1115,12 +1162,13 @@ class SampleScores:
     the same noise and classes. They go into the log, and the checkpoint of the lowest FID stays as
     best.pt. Without a scorer none are due."""
 
-    def __init__(self, cfg, out, trainer, progress, vae, scorer):
+    def __init__(self, cfg, out, trainer, progress, vae, shown, scorer):
         self.cfg = cfg
         self.out = out
         self.trainer = trainer
         self.progress = progress
         self.vae = vae
+        self.shown = shown
         self.scorer = scorer
         if scorer:
             self.vae_hash = data.weights_hash(vae) if vae else ""
@@ -1193,7 +1241,7 @@ class SampleScores:
                 raise Stopped(signalled)
             indices = range(cfg.score_n)[first + rank * batch : first + (rank + 1) * batch]
             watch = sample.show_steps(f"{first} of {cfg.score_n} samples for the scores", cfg)
-            for x, _ in sample.generate(model, cfg, indices, batch=batch, watch=watch):
+            for x, _ in sample.generate(model, cfg, indices, self.shown, batch=batch, watch=watch):
                 yield indices, sample.to_images(x, cfg, self.vae)
 
 
@@ -1208,6 +1256,8 @@ def bench(cfg, device, repeats):
     shape = trainer.micro, cfg.in_channels, cfg.input_size, cfg.input_size
     x = torch.randint(256, shape, dtype=torch.uint8)
     y = torch.randint(max(1, cfg.num_classes), (trainer.micro,))
+    if cfg.token_width:
+        y = torch.randn(trainer.micro, cfg.token_count, cfg.token_width)
     batches = itertools.repeat((x, y, []))
     steps = itertools.count()
     seconds = configs.seconds_per_call(
@@ -1226,9 +1276,8 @@ def bench(cfg, device, repeats):
 def open_data(name, given):
     """The data set of a preset with the fields that were given, among which the number of classes
     is from then on. UserError if the network cannot take what it holds."""
-    # Whether there are classes to guide by, the data will tell.
-    unguided = {} if "num_classes" in given else {"cfg_scale": 1.0}
-    cfg = configs.config_from_preset(name, {**given, **unguided})
+    # Whether there is anything to guide by, the data will tell.
+    cfg = configs.config_from_preset(name, {**given, "cfg_scale": 1.0})
     if not cfg.data:
         raise UserError(f"this preset has no data of its own; pass --data: {data.KINDS}")
     dataset = data.open_dataset(cfg.data, cfg.input_size)
@@ -1246,6 +1295,10 @@ def open_data(name, given):
             f"{8 * cfg.input_size}"
         )
     given.setdefault("num_classes", classes_of(dataset, cfg))
+    if dataset.tokens is not None:
+        count, width = dataset.tokens.shape[1:]
+        given.setdefault("token_width", width)
+        given.setdefault("token_count", count if given["token_width"] else 1)
     return dataset
 
 
@@ -1254,6 +1307,8 @@ def classes_of(dataset, preset):
     without classes takes only those with names (numbered folders are often parts of one set), and
     none of CIFAR's archives, which the paper's unconditional networks are trained on. UserError if
     there are fewer images than that."""
+    if preset.set_size or dataset.tokens is not None:
+        return 0  # they take the place of classes
     named = not data.all_numbers(dataset.class_names)
     if not preset.num_classes and (not named or dataset.labels_from == "the archive"):
         return 0
@@ -1267,7 +1322,7 @@ def classes_of(dataset, preset):
 
 def check_data(cfg, dataset):
     """UserError if the network takes another size than the data have, or has classes and the data
-    have none, or more."""
+    have none, or more; likewise for tokens and sets."""
     if dataset.size != cfg.input_size:
         raise UserError(
             f"the data are {dataset.size} x {dataset.size}, and this network takes "
@@ -1282,6 +1337,55 @@ def check_data(cfg, dataset):
         raise UserError(
             f"{cfg.data} has {dataset.num_classes} classes, and this network {cfg.num_classes}; "
             f"pass --num-classes {dataset.num_classes}, or leave it out"
+        )
+    if cfg.token_width:
+        check_tokens(cfg, dataset)
+    if cfg.set_size:
+        check_sets(cfg, dataset)
+
+
+def check_tokens(cfg, dataset):
+    """UserError unless the data have tokens as the network takes them."""
+    theirs = (
+        "none" if dataset.tokens is None else "{} of width {}".format(*dataset.tokens.shape[1:])
+    )
+    ours = f"{cfg.token_count} of width {cfg.token_width}"
+    if theirs != ours:
+        raise UserError(
+            f"the network takes {ours} tokens for each image, and {cfg.data} has {theirs}; pass an "
+            f".npz with images and a float arr_1 of tokens, and leave out --token-width and "
+            f"--token-count"
+        )
+
+
+def check_sets(cfg, dataset):
+    """UserError unless the data have classes, and a set's number of images of each that is not held
+    out."""
+    if dataset.labels is None:
+        raise UserError(
+            f"{cfg.data} has no labels, and sets are images of one class; sort the images into "
+            f"sub-folders"
+        )
+    counts = np.bincount(dataset.labels)
+    there = set(np.flatnonzero(counts).tolist())
+    strange = sorted(set(cfg.holdout) - there)
+    if strange:
+        raise UserError(
+            f"--holdout names the class {strange[0]}, of which {cfg.data} has no images; give "
+            f"those to keep from training, or none: --holdout ''"
+        )
+    trained = sorted(there.difference(cfg.holdout))
+    if not trained:
+        raise UserError(
+            f"--holdout names all {len(there)} classes of {cfg.data}; leave some to train on"
+        )
+    small = [k for k in trained if counts[k] < cfg.set_size]
+    if small:
+        names = dict(enumerate(dataset.class_names))
+        raise UserError(
+            f"class {names.get(small[0], small[0])} of {cfg.data} has {counts[small[0]]} images, "
+            f"fewer than --set-size {cfg.set_size}; add some, choose smaller sets, or hold the "
+            f"class out: --holdout {','.join(map(str, [*cfg.holdout, *small]))}"
         )
 
 
@@ -1322,9 +1426,10 @@ def open_scorer(cfg, vae, force):
 def check_machine(cfg, device):
     """UserError if this machine, or the number of processes, does not suit the configuration."""
     size = rank_and_size()[1]
-    multiple = size * (cfg.micro_batch or 1)
+    multiple = size * (cfg.micro_batch or cfg.set_size or 1)
     if cfg.batch_size % multiple:
-        micro = f" in micro-batches of {cfg.micro_batch}" if cfg.micro_batch else ""
+        micro = f" in sets of {cfg.set_size}" if cfg.set_size else ""
+        micro = f" in micro-batches of {cfg.micro_batch}" if cfg.micro_batch else micro
         raise UserError(
             f"--batch-size {cfg.batch_size} cannot be divided over {size} processes{micro}; choose "
             f"a multiple of {multiple}"
@@ -1359,15 +1464,24 @@ def describe(name, cfg, network, dataset, device):
         f"(thousands of images), {device.type} in {arithmetic}{processes}"
     )
     say(f"{cfg.data}: {dataset.summary()}")
-    describe_classes(configs.PRESETS[name].num_classes, cfg.num_classes, dataset)
+    describe_classes(configs.PRESETS[name].num_classes, cfg, dataset)
     if device.type == "cpu" and arithmetic == "fp32":
         say("this CPU has no fast bf16 (AMX): expect a few times the time of one that has it")
 
 
-def describe_classes(usual, now, dataset):
-    """Say what a user may not expect of the classes: usual of the preset, now of the network."""
+def describe_classes(usual, cfg, dataset):
+    """Say what a user may not expect of the classes. usual: the number that the preset has."""
+    now = cfg.num_classes
     count = dataset.num_classes
-    if not now and count > 1:
+    if cfg.token_width:
+        return  # which the summary of the data describes
+    if cfg.set_size:
+        trained = len(set(dataset.labels.tolist()).difference(cfg.holdout))
+        say(
+            f"sets of {cfg.set_size} images of a class: {trained} classes to train on, "
+            f"{len(cfg.holdout)} held out"
+        )
+    elif not now and count > 1:
         say(f"the network is unconditional and ignores them; --num-classes {count} uses them")
     elif not now and usual:
         say(f"the network is unconditional, as the data have no two classes (the preset: {usual})")
