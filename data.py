@@ -843,7 +843,7 @@ class ShapeKinds(ImageDataset):
     but for a little; otherwise all have the same colours, and sizes are random. kinds: how many, or
     which."""
 
-    def __init__(self, size=32, kinds=1000, each=24, seed=0, coloured=True):
+    def __init__(self, size=32, kinds=4000, each=12, seed=0, coloured=True):
         self.size = size
         self.seed = seed
         self.coloured = coloured
@@ -1361,16 +1361,21 @@ class Latents:
             raise UserError(f"{path} holds no latents: none of its images could be read")
         labels = labels[self.kept]
         self.labels = None if (labels < 0).any() else labels
-        self.tokens = None
-        if (self.path / "tokens.npy").exists():
-            tokens = load_array(self.path / "tokens.npy", mapped=True)
-            if as_tokens(tokens, path, "tokens.npy").shape[:1] != (n,) or tokens.ndim != 3:
-                raise UserError(f"{path} is damaged: tokens.npy is of other images; make it again")
-            self.tokens = tokens if len(self.kept) == n else np.array(tokens[self.kept])
+        self.tokens = self.kept_tokens(n)
         self.class_names = self.header.get("class_names", [])
 
     num_classes = ImageDataset.num_classes
     summary = ImageDataset.summary
+
+    def kept_tokens(self, n):
+        """Of the images that are kept of n, or None if they have no tokens."""
+        file = self.path / "tokens.npy"
+        if not file.exists():
+            return None
+        tokens = as_tokens(load_array(file, mapped=True), self.path, file.name)
+        if len(tokens) != n:
+            raise UserError(f"{file} has tokens of {len(tokens)} images, not {n}; make it again")
+        return tokens if len(self.kept) == n else np.array(tokens[self.kept])
 
     def __len__(self):
         return len(self.kept)
@@ -1939,6 +1944,7 @@ def start_or_resume(dest, header, shape, dataset):
     allocate(dest / "moments.npy", shape, np.float16)
     labels = dataset.labels
     np.save(dest / "labels.npy", np.full(shape[0], -1, np.int64) if labels is None else labels)
+    (dest / "tokens.npy").unlink(missing_ok=True)  # of a first start of other images
     if dataset.tokens is not None:
         np.save(dest / "tokens.npy", dataset.tokens)
     np.save(dest / "state.npy", np.full(shape[0], TO_DO, np.uint8))

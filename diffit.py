@@ -433,7 +433,7 @@ class SetEncoder(nn.Module):
     (B, M, D), a token for each patch. The last norm makes them as large as a time embedding from
     the start; without it they are small for long, and the network does not use them."""
 
-    def __init__(self, input_size, patch_size, in_channels, dim, depth, num_heads):
+    def __init__(self, dim, depth, input_size, patch_size, in_channels, num_heads):
         super().__init__()
         self.grid = input_size // patch_size
         self.patches = PatchEmbed(patch_size, in_channels, dim)
@@ -472,14 +472,16 @@ class Network(nn.Module):
         num_classes,
         class_dropout_prob,
         augment,
-        token_width=0,
-        token_count=1,
-        set_encoder=None,
+        token_width,
+        token_count,
+        set_depth,
+        set_sizes,
         sinusoids=256,
     ):
         """Make the embeddings, of width dim. time_embedding: "positional", "fourier" or "none". y
-        is one of num_classes, or token_count tokens of token_width, or what the set_encoder makes
-        of pictures. augment: whether to take the nine augmentation labels of EDM (App. F.2).
+        is one of num_classes, or token_count tokens of token_width, or what a SetEncoder of
+        set_depth and set_sizes (input_size, patch_size, in_channels, num_heads) makes of pictures.
+        augment: whether to take the nine augmentation labels of EDM (App. F.2).
 
         Not in __init__, because optimizer states know parameters by the order they are made in, and
         some networks make others first.
@@ -492,10 +494,11 @@ class Network(nn.Module):
         self.num_classes = num_classes
         self.t_embedder = lookup("time_embedding", time_embedding, embedders)(dim, sinusoids)
         self.y_embedder = None
-        self.set_encoder = set_encoder
-        if set_encoder is not None:
+        self.set_encoder = None
+        if set_depth:
+            self.set_encoder = SetEncoder(dim, set_depth, *set_sizes)
             token_width = dim
-            token_count = set_encoder.grid**2
+            token_count = self.set_encoder.grid**2
         if num_classes:
             self.y_embedder = LabelEmbedder(num_classes, dim, class_dropout_prob)
         elif token_width:
@@ -607,11 +610,6 @@ class Transformer(Network):
         self.grid = input_size // patch_size
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
-        set_encoder = None
-        if set_depth:
-            set_encoder = SetEncoder(
-                input_size, patch_size, in_channels, hidden_size, set_depth, num_heads
-            )
         self.add_condition(
             hidden_size,
             time_embedding,
@@ -620,7 +618,8 @@ class Transformer(Network):
             augment,
             token_width,
             token_count,
-            set_encoder,
+            set_depth,
+            set_sizes=(input_size, patch_size, in_channels, num_heads),
         )
         self.register_buffer("pos_embed", sincos_2d(hidden_size, self.grid))
         self.blocks = nn.ModuleList(
@@ -861,9 +860,6 @@ class DiffiTUNet(Network):
             **block_options,
         )
         out_channels = 2 * in_channels if learn_sigma else in_channels
-        set_encoder = None
-        if set_depth:  # on patches of 2, as ViTEncoder below
-            set_encoder = SetEncoder(input_size, 2, in_channels, cond_size, set_depth, num_heads)
         self.add_condition(
             cond_size,
             time_embedding,
@@ -872,7 +868,8 @@ class DiffiTUNet(Network):
             augment,
             token_width,
             token_count,
-            set_encoder,
+            set_depth,
+            set_sizes=(input_size, 2, in_channels, num_heads),          # patches as in ViTEncoder
         )
         self.tokenizer = nn.Conv2d(in_channels, channels[0], 3, padding=1)
         self.encoder = self.encoder_class(input_size, channels, blocks, **options)
@@ -1273,9 +1270,6 @@ class DDPMpp(Network):
         tmsa = lookup("time_in", time_in, {"none": False, "qkv": True})
         stem = stem_width(cond_size)
         out_channels = 2 * in_channels if learn_sigma else in_channels
-        set_encoder = None
-        if set_depth:  # on patches of 2, as in DiffiTUNet
-            set_encoder = SetEncoder(input_size, 2, in_channels, cond_size, set_depth, num_heads)
         self.add_condition(
             cond_size,
             time_embedding,
@@ -1284,7 +1278,8 @@ class DDPMpp(Network):
             augment,
             token_width,
             token_count,
-            set_encoder,
+            set_depth,
+            set_sizes=(input_size, 2, in_channels, num_heads),
             sinusoids=stem,
         )
 

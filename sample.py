@@ -112,8 +112,8 @@ def open_vae(cfg):
 #
 #     labels(indices, seed)       the classes, (n,) int64, or None
 #     y(model, indices, seed)     the y of the network, or None
-#     captions(indices, seed)     what stands above it in a grid, or None
-#     cells(made, indices, seed)  what is shown in a grid of the images made, in how many columns
+#     cells(made, indices, seed)  of the images made: what a grid shows, in how many columns (None:
+#                                 a square), and captions (None: without)
 #     count                       how many images a grid has unless told otherwise
 #     settings(seed)              what all of it depends on, as JSON
 
@@ -170,21 +170,13 @@ COLUMNS = 16  # of a grid with a column for each class
 
 
 class Tokens:
-    """Images of given tokens (n, M, E), in turn. UserError unless the network takes M tokens of
-    width E."""
+    """Images of given tokens (n, M, E), in turn. path: where they are from, for messages."""
 
     count = 36
 
-    def __init__(self, cfg, tokens, path):
+    def __init__(self, tokens, path="a program"):
         self.tokens = tokens
         self.path = path
-        takes = cfg.token_count, cfg.token_width
-        if tokens.shape[1:] != takes:
-            count, width = tokens.shape[1:]
-            raise UserError(
-                f"{path} has {count} tokens of width {width} for each image, and this network "
-                f"takes {takes[0]} of width {takes[1]}"
-            )
 
     def labels(self, indices, seed):
         return None
@@ -226,7 +218,8 @@ class Support:
             if len(indices) < (shots or 1):
                 which = "" if k is None else f" of class {self.names.get(k, k)}"
                 raise UserError(
-                    f"{path} has {len(indices)} pictures{which}, and --shots asks for {shots or 1}"
+                    f"{path} has {len(indices)} pictures{which}, and {shots or 1} are to tell an "
+                    f"image; add some, or pass --shots {max(1, len(indices))}"
                 )
         # One support for all images, or one for each.
         self.shared = len(members) == 1 and shots in (None, len(members[0]))
@@ -311,19 +304,6 @@ class Support:
 SHOWN = 8  # pictures of a support in a grid
 
 
-class Zeros(Classes):
-    """Tokens of zeros, of this shape (M, E): to measure the speed."""
-
-    def __init__(self, shape):
-        self.shape = shape
-
-    def y(self, model, indices, seed):
-        return torch.zeros(len(indices), *self.shape, device=device_of(model))
-
-    def labels(self, indices, seed):
-        return None
-
-
 def device_of(model):
     return next(model.parameters()).device
 
@@ -338,7 +318,7 @@ def shown_in_training(cfg, dataset, vae=None):
         classes = [k for k in enough if k in cfg.holdout]
         return Support(cfg, dataset, cfg.data, classes or enough, shots, vae)
     if cfg.token_width:
-        return Tokens(cfg, dataset.tokens, cfg.data)
+        return Tokens(dataset.tokens, cfg.data)
     return Classes(cfg, names=dataset.class_names)
 
 
@@ -1384,9 +1364,9 @@ def shown_by(args, model, cfg, vae):
             f"--shots {args.shots} is the number of pictures of --support; pass it, too"
         )
     if args.support:
-        return open_support(args, cfg, vae)
+        return open_support(args, model, cfg, vae)
     if args.tokens:
-        return Tokens(cfg, data.read_tokens(args.tokens), args.tokens)
+        return Tokens(open_tokens(args.tokens, cfg), args.tokens)
     if (cfg.set_depth or cfg.token_width) and cfg.cfg_scale != 1:
         raise UserError(
             f"this network is told {takes}, or --cfg-scale 1 for images of nothing in particular"
@@ -1397,9 +1377,21 @@ def shown_by(args, model, cfg, vae):
     return Classes(cfg, classes, model.class_names)
 
 
-def open_support(args, cfg, vae):
-    """The value of --support: pictures without classes, or a data set, of which by default those
-    classes are shown that were held out in training, as far as it has them."""
+def open_tokens(path, cfg):
+    """The value of --tokens. UserError unless they are as many and as wide as the network's."""
+    tokens = data.read_tokens(path)
+    count, width = tokens.shape[1:]
+    if (count, width) != (cfg.token_count, cfg.token_width):
+        raise UserError(
+            f"{path} has {count} tokens of width {width} for each image, and this network takes "
+            f"{cfg.token_count} of width {cfg.token_width}"
+        )
+    return tokens
+
+
+def open_support(args, model, cfg, vae):
+    """The value of --support: pictures without classes, or a data set, of which those classes are
+    shown by default that were held out in training, if it has the classes of the training data."""
     dataset = data.open_dataset(args.support, None if vae else cfg.input_size)
     if vae and not isinstance(dataset, data.Latents):
         dataset = data.open_dataset(args.support, image_size(cfg, vae))
@@ -1412,7 +1404,8 @@ def open_support(args, cfg, vae):
                 f"leave the flag out"
             )
         return Support(cfg, dataset, args.support, None, args.shots, vae)
-    classes = sorted(set(cfg.holdout).intersection(dataset.labels.tolist()))
+    alike = list(dataset.class_names) == list(model.class_names)
+    classes = cfg.holdout if alike and {*cfg.holdout} <= {*dataset.labels.tolist()} else None
     if args.classes is not None:
         classes = parse_classes(args.classes, dataset.num_classes, dataset.class_names)
     return Support(cfg, dataset, args.support, classes, args.shots or cfg.set_size - 1, vae)
@@ -1591,7 +1584,7 @@ def bench_command(args):
     device = device_of(model)
     shown = Classes(cfg)
     if model.y_embedder is not None and not cfg.num_classes:
-        shown = Zeros(model.y_embedder.shape)
+        shown = Tokens(np.zeros((1, *model.y_embedder.shape), np.float32))
     passes = []  # images in each call of the network
     model.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
 

@@ -6250,7 +6250,7 @@ def test_sampling_from_a_support():
         assert most_different(arrays(root / "c.npz")[0], images[:3]) <= 1
         some = (*many, "--num-images", 3, "--classes", "4,2", "--dir", root / "d")
         said = succeeds(sample, *some, "--shots", 1, "--npz", root / "d.npz")
-        holds(said, ["24000 images of 1000 classes"])
+        holds(said, ["48000 images of 4000 classes"])
         assert arrays(root / "d.npz")[1] == [4, 2, 4]
         complains(sample, *some, "--shots", 2, words=["another run", "shots"])
         model, cfg = load_model(root / "run")
@@ -6264,11 +6264,11 @@ def test_sampling_from_a_support():
             ((*flags, "--classes", "3"), ["--classes 3", "--support PATH"]),
             ((*flags, "--tokens", "x.npz"), ["--tokens x.npz", "--support PATH"]),
             ((*flags, "--shots", 3), ["--shots 3", "--support"]),
-            ((*five, "--shots", 9), ["6 pictures", "--shots asks for 9"]),
+            ((*five, "--shots", 9), ["6 pictures, and 9 are to tell", "--shots 6"]),
             ((*five, "--shots", 6), ["only 5 of its pictures can be read"]),
             ((*five, "--classes", "1"), ["has no classes"]),
-            ((*many, "--shots", 25), ["24 pictures of class 980", "25"]),
-            ((*many, "--classes", "1000"), ["there is no class 1000"]),
+            ((*many, "--shots", 25), ["12 pictures of class 980, and 25 are", "--shots 12"]),
+            ((*many, "--classes", "4000"), ["there is no class 4000"]),
             ((*flags, "--support", root / "none"), ["there is no data at"]),
         ]:
             complains(sample, *args, "--out", root / "y.png", words=words)
@@ -6328,7 +6328,7 @@ def test_training_on_given_tokens():
         ckpt = ("--ckpt", root / "run", "--tokens", root / "p.npz")
         succeeds(sample, *ckpt, "--num-images", 6, "--npz", root / "x.npz")
         model, cfg = load_model(root / "run")
-        shown = sample.Tokens(cfg, tokens[:4, None], "p")
+        shown = sample.Tokens(tokens[:4, None])
         ((x, labels),) = sample.generate(model, cfg, range(6), shown)
         with np.load(root / "x.npz") as found:
             assert labels is None and most_different(found["arr_0"], data.to_uint8(x)) <= 1

@@ -820,12 +820,13 @@ def draw_curves(log, path):
         return name, [(kimg, math.log10(v)) for kimg, v in values if 1e-99 < v < 1e99]
 
     quartiles = [curve(str(k + 1), "loss_quartiles", k) for k in range(4)]
-    largest_part = curve("part", "grad_norm_parts")
+    norms = [curve("all", "grad_norm"), curve("part", "grad_norm_parts")]
+    norms += [curve("set encoder", "grad_norm_parts", "set_encoder")]
     condition = [curve(name, "condition_norm", name) for name in ("mean", "max", "std")]
     panels = {  # title -> curves, named from right to left
         "loss, and its parts": [curve(name, name) for name in ("mse", "vlb", "loss")],
         "loss by quartile of the noise, 1 the cleanest": quartiles,
-        "gradient norm: all, and the largest part": [curve("all", "grad_norm"), largest_part],
+        "gradient norm: all, and the largest part": norms,
         "norm of the condition vector": condition,
         "tokens of y, of an image": [curve(name[8:], name) for name in CONTEXT],
         "loss with null tokens, less with its own": [curve("worth", "worth")],
@@ -1213,7 +1214,7 @@ class SampleScores:
         log = self.progress.log
         before = [entry["fid"] for entry in log if entry.get("kind") == self.kind]
         weights = f"EMA weights ({data.weights_hash(model)})"
-        maker = sample.provenance(cfg, weights, self.vae_hash)
+        maker = sample.provenance(cfg, weights, self.vae_hash, shown=self.shown)
         count = sample.format_count(cfg.score_n)
         entry = {
             "step": done,
