@@ -83,6 +83,7 @@ GROUPS = {
 }
 
 # The networks (diffit.NETWORKS) by the fields that they take, and processes with a sigma.
+CONDITIONS = ["num_classes", "token_width", "set_depth"]  # fields of which one at most is not 0
 TRANSFORMERS = "diffit dit"
 UNETS = "unet ddpmpp"
 CONTINUOUS = "edm vp ve"
@@ -137,7 +138,7 @@ class Config:
     augment: float = option(0.0, "probability of each of EDM's augmentations; pixels only")
     set_size: int = option(
         0,
-        "train on sets of N images of a class, each told by the others of its set; 0: no sets",
+        "train on sets of N images of a class, each conditioned on the others; 0: no sets",
         most=1000,
     )
     holdout: tuple = option((), "classes kept from training on sets, by number")
@@ -362,9 +363,9 @@ class Config:
                 raise UserError(f"{flag} {short(value)} must be {wrong}")
 
     @property
-    def guidable(self):
+    def takes_y(self):
         """Does the network take a y: classes, tokens or sets?"""
-        return bool(self.num_classes or self.token_width or self.set_depth)
+        return any(getattr(self, name) for name in CONDITIONS)
 
     def network_options(self):
         """The arguments of the network: the fields of its group, by name, that apply to it."""
@@ -413,17 +414,15 @@ class Config:
         for name in ("sample_kimg", "save_kimg"):  # files are named by whole thousands of images
             if getattr(self, name) < 1:
                 yield f"{flag_of(name)} {getattr(self, name)} must be 1 or more"
-        told = [flag_of(name) for name in ("num_classes", "token_width") if getattr(self, name)]
-        told += ["--set-depth"] * bool(self.set_depth)
-        if len(told) > 1:
-            yield f"{' and '.join(told)}: a network takes classes, tokens or sets; choose one"
-        if bool(self.set_size) != bool(self.set_depth):
+        conditions = [name for name in CONDITIONS if getattr(self, name)]
+        if len(conditions) > 1:
+            flags = " and ".join(map(flag_of, conditions))
+            yield f"{flags}: a network takes classes, tokens or sets; choose one"
+        if self.set_size == 1 or bool(self.set_size) != bool(self.set_depth):
             yield (
-                f"--set-size {self.set_size} and --set-depth {self.set_depth}: sets need both, 2 "
-                f"images or more and an encoder of 1 block or more"
+                f"--set-size {self.set_size} and --set-depth {self.set_depth}: sets need 2 images "
+                f"or more, of which the others stand for each, and an encoder of 1 block or more"
             )
-        if self.set_size == 1:
-            yield "--set-size 1: each image is told by the others of its set; give 2 or more"
         micro = self.micro_batch or self.batch_size
         if self.set_size and micro % self.set_size:
             which = "--micro-batch" if self.micro_batch else "--batch-size"
@@ -458,10 +457,10 @@ class Config:
             yield "--clip-denoised is for pixels, which lie in [-1, 1]; latents do not"
         if self.cfg_schedule == "power-cosine" and self.process != "ddpm":
             yield "--cfg-schedule power-cosine depends on the timestep and needs --process ddpm"
-        if self.cfg_scale != 1 and not self.guidable:
+        if self.cfg_scale != 1 and not self.takes_y:
             yield (
-                f"--cfg-scale {self.cfg_scale:g} guides by classes, and this network has none; "
-                f"leave it out"
+                f"--cfg-scale {self.cfg_scale:g} guides by classes, tokens or sets, and this "
+                f"network has none; leave it out"
             )
         if self.cfg_scale != 1 and not self.class_dropout_prob:
             yield (
@@ -558,7 +557,7 @@ preset(
     workers=1, tick_kimg=2, sample_kimg=26, save_kimg=130,
 )  # fmt: skip
 
-# Sets of the built-in kinds of shapes, each shown once, of which 20 are held out.
+# Sets of the built-in kinds of shapes, of which 20 are held out.
 preset(
     "shapes-set", "this project", None, data="shapes-set", model="dit", input_size=16,
     patch_size=4, hidden_size=128, depth=4, num_heads=4, embed_gain=4,
@@ -676,7 +675,7 @@ for size, (depth, width, heads) in DIT_SIZES.items():
 preset("dit-xl-2-512", "DiT Table 3", 3.04, DIT, input_size=64, kimg=768_000)
 
 # The other ways of conditioning, after 400k steps and without guidance, where adaLN-Zero (dit-xl-2
-# with --kimg 102400) has 19.47.
+# with --kimg 102400 --cfg-scale 1) has 19.47.
 for way, fid, *counts in [("in-context", 35.24, 449, 119.37), ("cross", 26.14, 598, 137.62),
                           ("adaln", 25.21, 600, 118.56)]:
     preset(f"dit-xl-2-{way}", "DiT Table 4", fid, DIT, condition_in=way, kimg=102_400, cfg_scale=1)
@@ -694,15 +693,21 @@ for width, depth, heads in CIFAR100_SIZES:
            clip_denoised=True, ema_decay=0.9999, xflip=True, lr=1e-4, kimg=102_400, workers=4,
            tick_kimg=50, sample_kimg=1000, save_kimg=5000)
 
-# The same, told what to show by five pictures of a class that it never saw (Giannone et al. 2022;
-# the recipe of the DiTs that followed it: 300k steps of 32 sets). A vector of the condition, or
-# with -lag tokens for cross-attention. The classes are split by superclass. (The sources count
-# 43.5M for 384x12 and 44.9M for 450x6: the first is right but for learned positions and affine
-# norms, the second halves the blocks without widening them.)
-VALIDATION = (3, 42, 43, 88, 97, 15, 19, 21, 31, 38, 26, 45, 77, 79, 99, 36, 50, 65, 74, 80)
-TEST = (4, 30, 55, 72, 95, 6, 7, 14, 18, 24, 34, 63, 64, 66, 75, 2, 11, 35, 46, 98)
+# The same sizes, conditioned on five pictures of a class that it never saw (Giannone et al. 2022;
+# the recipe of the DiTs that followed it: 300k steps of 32 sets): by a vector, or with -lag by
+# tokens for cross-attention. The classes are split by superclass. (The sources count 43.5M for
+# 384x12 and 44.9M for 450x6. The first is right but for learned positions, affine norms and a
+# stacked input; the second halves the blocks without widening them, and counts an adaLN in the
+# encoder that it does not have.)
+CIFAR100_VALIDATION = (
+    3, 42, 43, 88, 97, 15, 19, 21, 31, 38, 26, 45, 77, 79, 99, 36, 50, 65, 74, 80,
+)
+CIFAR100_TEST = (
+    4, 30, 55, 72, 95, 6, 7, 14, 18, 24, 34, 63, 64, 66, 75, 2, 11, 35, 46, 98,
+)
 SETS = dict(
-    model="dit", patch_size=2, set_size=6, set_depth=6, holdout=(*VALIDATION, *TEST),
+    model="dit", patch_size=2, set_size=6, set_depth=6,
+    holdout=(*CIFAR100_VALIDATION, *CIFAR100_TEST),
     diffusion_steps=250, sampler="ddim", sampling_steps=250, clip_denoised=True,
     batch_size=192, ema_decay=0.9999, lr=1e-4, kimg=57_600, workers=4, tick_kimg=50,
     sample_kimg=1000, save_kimg=5000,
@@ -721,9 +726,9 @@ preset("cifar100-450x6-set-lag", "Few-Shot Diffusion Models", None,
 
 def config_from_preset(name, given):
     """The preset with the fields that were given (a dict). A field that the preset set for another
-    network or process, and that the given ones make meaningless, falls back to its default; so do
-    classes beside tokens or sets, and guidance without any of them. UserError for an unknown preset or values that do not fit.
-    """
+    network or process, and that the given ones make meaningless, falls back to its default; so does
+    another condition than the given one, and guidance without any. UserError for an unknown preset
+    or values that do not fit."""
     if name not in PRESETS:
         raise UserError(
             f"unknown preset {short(name)}{nearest(name, PRESETS)} (python configs.py lists them)"
@@ -733,10 +738,17 @@ def config_from_preset(name, given):
         used = applies(field, values["model"], values["process"])
         if not used and field.name not in given:
             values[field.name] = field.default
-    told = values["token_width"] or values["set_depth"]
-    if told and "num_classes" not in given:
-        values["num_classes"] = 0
-    if not told and not values["num_classes"] and "cfg_scale" not in given:
+    # What a network is conditioned on takes the place of what its preset had.
+    chosen = [field for field in CONDITIONS if given.get(field)]
+    for field in CONDITIONS:
+        if chosen and field not in given:
+            values[field] = 0
+    if given.get("set_size") == 0:
+        values["set_depth"] = given.get("set_depth", 0)
+    if not values["set_depth"]:
+        values["set_size"] = given.get("set_size", 0)
+        values["holdout"] = given.get("holdout", ())
+    if not any(values[field] for field in CONDITIONS) and "cfg_scale" not in given:
         values["cfg_scale"] = 1.0
     return Config(**values)
 

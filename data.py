@@ -710,7 +710,7 @@ class ImageDataset:
 
 class OfClasses(ImageDataset):
     """The images of a data set that show these classes, with the numbers and names they have there.
-    UserError if it has none of one of them."""
+    UserError if it has none of any of them."""
 
     def __init__(self, dataset, classes):
         self.dataset = dataset
@@ -718,9 +718,17 @@ class OfClasses(ImageDataset):
         self.indices = np.flatnonzero(np.isin(dataset.labels, classes))
         self.labels = dataset.labels[self.indices]
         self.class_names = dataset.class_names
-        empty = sorted(set(classes).difference(self.labels.tolist()))
-        if empty:
-            raise UserError(f"there are no images of class {empty[0]}")
+        if not len(self.indices):
+            raise UserError(f"there are no images of class {classes[0]} in these data")
+
+    def summary(self):
+        there = np.unique(self.labels).tolist()
+        names = dict(enumerate(self.class_names))
+        shown = ", ".join(f"{k} {short(names.get(k, ''))}".strip() for k in there[:10])
+        return f"{len(self)} images of {len(there)} classes: {shown}{', ...' * (len(there) > 10)}"
+
+    def content(self):
+        return self.dataset.fingerprint()
 
     def __len__(self):
         return len(self.indices)
@@ -1147,7 +1155,8 @@ class ImageArray(ImageDataset):
     def content(self):
         few = np.linspace(0, len(self) - 1, 16).astype(int)
         images = np.asarray(self.images[few])
-        return images if self.tokens is None else (images, np.asarray(self.tokens[few]).tolist())
+        tokens = None if self.tokens is None else np.asarray(self.tokens[few])
+        return images if tokens is None else content_hash(images, tokens)
 
     def read(self, i):
         image = np.asarray(self.images[i])
@@ -1191,8 +1200,8 @@ def as_tokens(array, path, name):
         array = array[:, None]
     if array.ndim != 3 or array.dtype not in (np.float16, np.float32, np.float64) or not array.size:
         raise UserError(
-            f"{name} in {path} is {array.dtype} {array.shape}, not tokens: floats (n, width) or "
-            f"(n, number, width)"
+            f"{name} in {path} is {array.dtype} {array.shape}: neither class numbers, which are "
+            f"whole, nor tokens, floats (n, width) or (n, number, width)"
         )
     return array
 
@@ -1455,7 +1464,8 @@ class ShuffledStream(torch.utils.data.Dataset):
     The image at a place, whether it is mirrored, and the noise of a latent depend on (seed, place)
     alone: nothing needs saving for a resume, and neither the number of processes nor of workers
     matters. An unreadable image gives way to the next one of the shuffle, in a set to one of its
-    class outside the set; `unreadable` lists (name, why) of those skipped."""
+    class outside the set, as long as there are any; `unreadable` lists (name, why) of those
+    skipped."""
 
     def __init__(self, dataset, seed=0, xflip=False, set_size=0, holdout=()):
         self.dataset = dataset
@@ -1490,7 +1500,10 @@ class ShuffledStream(torch.utils.data.Dataset):
                 return self.dataset.example(i, mirrored, rng), self.label(i), unreadable
             except (UnreadableImage, OSError) as error:
                 unreadable.append((self.dataset.name(i), first_line(error)))
-        return self.dataset.blank(), self.label(i), unreadable  # the list ends the run
+        # The list ends the run: it is too long, or says that nothing is left of a class.
+        if self.set_size:
+            unreadable.append((f"all images of class {self.label(i)}", NONE_LEFT))
+        return self.dataset.blank(), self.label(i), unreadable
 
     def shuffle(self, rng):
         """Draw the order of an epoch."""
@@ -1513,11 +1526,12 @@ class ShuffledStream(torch.utils.data.Dataset):
         members, first = self.members[k // n]
         own = members[first : first + n]
         others = np.concatenate([members[first + n :], members[:first]])
-        # From a place of its own for each image of the set, so that two do not find the same.
-        begin = k % n
-        yield from itertools.chain(
-            own[begin : begin + 1], others[begin:], others[:begin], np.roll(own, -begin - 1)[:-1]
-        )
+        place = k % n
+        yield own[place]
+        # From a place of its own for each image of the set, so that two seldom find the same.
+        yield from np.roll(others, -place)
+        # Now one stands in its set twice.
+        yield from np.delete(own, place)
 
     def label(self, i):
         """Its tokens (M, E), or its class, or -1 where it has neither."""
@@ -1586,9 +1600,12 @@ def max_unreadable(n):
     return min(max(1, n // 100), n - 1)
 
 
+NONE_LEFT = "none can be read"  # of a class, of which sets are made
+
+
 class UnreadableImages:
     """Names and counts the images that cannot be read. UserError, with the list and the reasons,
-    past 1 %."""
+    past 1 %, or where a class has none left."""
 
     def __init__(self, dataset, verbose=True):
         self.found = {}  # name -> why
@@ -1601,6 +1618,8 @@ class UnreadableImages:
             if name not in self.found and self.verbose:
                 say(f"skipped {name}: {why}")
             self.found.setdefault(name, why)
+            if why == NONE_LEFT:
+                raise UserError(f"{name}: {why}; repair or replace them, or hold the class out")
         if len(self.found) > max_unreadable(self.total):
             names_by_reason = {}
             for name, why in itertools.islice(self.found.items(), 100):

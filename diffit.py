@@ -5,8 +5,8 @@ Every network is called model(x, t, y=None, augmented=None):
     x (B, C, H, W)  noised images or latents
     t (B,)          the noise level as the process states it: a timestep, EDM's ln(sigma) / 4, ...
     y               what to show, or None for anything. Classes: indices (B,), of which num_classes
-                    means "no class". Tokens (B, M, E): a text's embeddings, say; in networks with a
-                    set encoder the `context` of a few pictures
+                    means "no class". Tokens (B, M, E): embeddings of a text, say, or in networks
+                    with a set encoder the mean of its encodings of a few pictures
     augmented       (B, 9), the labels of EDM's augmentation; only in networks built for it
 
 and returns (B, C, H, W), or (B, 2C, H, W) with learn_sigma. The file goes from parts to wholes:
@@ -14,9 +14,10 @@ embeddings, attention, blocks, the latent networks, the image-space U-Net, then 
 the paper compares these with, and last `build`, which turns a Config into a network.
 
 In comments: B images, N tokens on a g x g grid, D width, h heads, windows of w x w tokens and
-n x n of them on a grid, and c (B, D), in U-Nets (B, cond_size), the condition: the embeddings of
-time and augmentation plus that of y, of whose M tokens it is the mean (a label has one). Where a
-comment says "time", it means c.
+n x n of them on a grid, and c the condition. It is a vector (B, D), in U-Nets (B, cond_size): the
+embedding of time and augmentation, plus the mean of those of y's tokens (a label has one). Where a
+comment on DiffiT says "time", it means this c. In some DiTs c is a list instead (B, 1 + M, D): the
+embedding of time and augmentation, then those of y.
 """
 
 import math
@@ -430,8 +431,8 @@ class DiTHead(ViTHead):
 
 class SetEncoder(nn.Module):
     """A vision transformer that reads the pictures of a set, each by itself: (B, C, H, W) ->
-    (B, M, D), a token for each patch. The last norm makes them as large as a time embedding from
-    the start; without it they are small for long, and the network does not use them."""
+    (B, M, D), a token for each patch; MLPs of four times the width. Without the last norm they stay
+    small beside the time embedding for long, and the network does not use them."""
 
     def __init__(self, dim, depth, input_size, patch_size, in_channels, num_heads):
         super().__init__()
@@ -475,13 +476,13 @@ class Network(nn.Module):
         token_width,
         token_count,
         set_depth,
-        set_sizes,
+        picture_sizes,
         sinusoids=256,
     ):
         """Make the embeddings, of width dim. time_embedding: "positional", "fourier" or "none". y
         is one of num_classes, or token_count tokens of token_width, or what a SetEncoder of
-        set_depth and set_sizes (input_size, patch_size, in_channels, num_heads) makes of pictures.
-        augment: whether to take the nine augmentation labels of EDM (App. F.2).
+        set_depth blocks makes of pictures; picture_sizes: its input_size, patch_size, in_channels
+        and num_heads. augment: whether to take the nine augmentation labels of EDM (App. F.2).
 
         Not in __init__, because optimizer states know parameters by the order they are made in, and
         some networks make others first.
@@ -496,7 +497,7 @@ class Network(nn.Module):
         self.y_embedder = None
         self.set_encoder = None
         if set_depth:
-            self.set_encoder = SetEncoder(dim, set_depth, *set_sizes)
+            self.set_encoder = SetEncoder(dim, set_depth, *picture_sizes)
             token_width = dim
             token_count = self.set_encoder.grid**2
         if num_classes:
@@ -515,28 +516,28 @@ class Network(nn.Module):
         if self.y_embedder is None:
             if y is not None:
                 raise UserError(
-                    "this network was built without classes (num_classes = 0), but was given "
-                    "labels; call it with y=None"
+                    "this network was built without classes (num_classes = 0), tokens or sets, "
+                    "but was given a y; call it with y=None"
                 )
             return time, time.new_empty(len(t), 0, time.shape[1])
         if y is None:
             y = self.y_embedder.null((len(t), *self.y_embedder.shape))
+        if y.shape[2:] != self.y_embedder.shape[1:]:
+            raise UserError(
+                f"this network takes a y of {('B', *self.y_embedder.shape)}, and was given one of "
+                f"{tuple(y.shape)}"
+            )
         return time, self.y_embedder(y)
 
     def condition(self, t, y=None, augmented=None):
-        """The same arguments -> the condition c (B, dim)."""
+        """The same arguments -> the condition as a vector (B, dim), also where blocks take the
+        list."""
         return summed(*self.embed(t, y, augmented))
 
-    def context(self, pictures):
-        """The y that stands for a set of pictures (B, k, C, H, W), of any number: (B, M, dim). The
-        mean of what the encoder makes of each, so their order does not matter (LAC in Giannone et
-        al. 2022, arXiv 2205.15463)."""
-        encoded = self.set_encoder(pictures.flatten(0, 1))              # (B k, M, dim)
-        return encoded.unflatten(0, pictures.shape[:2]).mean(1)
-
     def leave_one_out(self, pictures, n):
-        """Sets of n pictures, one after another (B, C, H, W) -> for each picture the context of the
-        n - 1 others of its set (B, M, dim)."""
+        """Sets of n pictures, one after another (B, C, H, W) -> for each picture the y that the n -
+        1 others of its set stand for, (B, M, dim): the mean of what the encoder makes of each, so
+        that their order does not matter (LAC in Giannone et al. 2022, arXiv 2205.15463)."""
         encoded = self.set_encoder(pictures).unflatten(0, (-1, n))      # (B / n, n, M, dim)
         # A sum of all, less the own one, would leave a trace of it: its rounding errors.
         others = sum(encoded.roll(j, dims=1) for j in range(1, n)) / (n - 1)
@@ -550,7 +551,8 @@ class Network(nn.Module):
         relative position bias          truncated normal, 0.02
         convolutions                    PyTorch's default
         biases                          zero
-        patches of a set encoder        Xavier uniform: a linear map, though a convolution
+
+        The patches of a SetEncoder are a linear map, too, though written as a convolution.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -619,7 +621,7 @@ class Transformer(Network):
             token_width,
             token_count,
             set_depth,
-            set_sizes=(input_size, patch_size, in_channels, num_heads),
+            picture_sizes=(input_size, patch_size, in_channels, num_heads),
         )
         self.register_buffer("pos_embed", sincos_2d(hidden_size, self.grid))
         self.blocks = nn.ModuleList(
@@ -685,6 +687,11 @@ class DiT(Transformer):
         self.block_class, self.head_class, self.condition_form = way
         self.in_context = condition_in == "in-context"
         super().__init__(*args, **options)
+        if condition_in == "adaln-zero+cross" and self.y_embedder is None:
+            raise UserError(
+                f"condition_in {condition_in} looks at classes, tokens or sets, and this network "
+                f"has none; leave it out, or give it some"
+            )
 
 
 # -------------------------------------------------------------------------------------------------
@@ -869,7 +876,7 @@ class DiffiTUNet(Network):
             token_width,
             token_count,
             set_depth,
-            set_sizes=(input_size, 2, in_channels, num_heads),          # patches as in ViTEncoder
+            picture_sizes=(input_size, 2, in_channels, num_heads),      # patches as in ViTEncoder
         )
         self.tokenizer = nn.Conv2d(in_channels, channels[0], 3, padding=1)
         self.encoder = self.encoder_class(input_size, channels, blocks, **options)
@@ -1009,8 +1016,7 @@ class DiTCrossBlock(DiTBlock):
         modulation = self.adaLN_modulation(time).chunk(6, dim=1)        # each (B, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
-        if tokens.shape[1]:
-            x = x + self.cross(self.norm_cross(x), tokens)
+        x = x + self.cross(self.norm_cross(x), tokens)
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
@@ -1026,7 +1032,7 @@ CONDITION_IN = {
     "adaln-zero": (DiTBlock, DiTHead, summed),
     "adaln": (AdaLNBlock, DiTHead, summed),
     "cross": (CrossBlock, ViTHead, listed),
-    "in-context": (ViTBlock, ViTHead, listed),      # tokens of the sequence, cut off at its end
+    "in-context": (ViTBlock, ViTHead, listed),      # before the image's tokens, dropped at the head
     "adaln-zero+cross": (DiTCrossBlock, TimeHead, listed),
 }
 
@@ -1279,7 +1285,7 @@ class DDPMpp(Network):
             token_width,
             token_count,
             set_depth,
-            set_sizes=(input_size, 2, in_channels, num_heads),
+            picture_sizes=(input_size, 2, in_channels, num_heads),
             sinusoids=stem,
         )
 
@@ -1347,8 +1353,9 @@ def build(cfg) -> nn.Module:
 
 
 def measure(cfg) -> tuple[int, float, int]:
-    """The trained parameters, the multiply-adds of a forward pass of one image, and the tokens of
-    the network that a configs.Config describes. Counted on the meta device: nothing is computed."""
+    """The trained parameters, the multiply-adds of a forward pass of one image (without those of a
+    set encoder, which reads the pictures of a set once), and the tokens of an image, of the network
+    that a configs.Config describes. Counted on the meta device: nothing is computed."""
     with torch.device("meta"):
         model = build(cfg).eval()
         x = torch.empty(1, cfg.in_channels, cfg.input_size, cfg.input_size)
@@ -1365,6 +1372,7 @@ def measure(cfg) -> tuple[int, float, int]:
 # Weights of one network for another: other classes, another resolution
 
 LABELS = "y_embedder.embedding_table.weight"
+CONDITION = [".y_embedder.", ".set_encoder.", ".cross."]                # what reads y
 POSITIONS = "pos_embed"
 BIAS_TABLE = "relative_position_bias_table"
 
@@ -1390,13 +1398,21 @@ def adapt_weights(weights: dict[str, Tensor], network: nn.Module) -> tuple[dict,
     """Weights of a network with other classes, or of another resolution -> a state_dict for this
     network (which may be on the meta device), and sentences that say what was changed.
 
-    What cannot carry over is the network's own: a label table for other classes, and the positions
-    of another grid. The relative position bias is interpolated. The rest is neither changed nor
-    checked.
+    What cannot carry over is the network's own: a label table for other classes, what reads tokens
+    or sets where the other has classes, and the positions of another grid. The relative position
+    bias is interpolated. The rest is neither changed nor checked.
     """
     own = network.state_dict()
     adapted = dict(weights)
     notes = []
+
+    new = [n for n in own if n not in weights and any(part in f".{n}" for part in CONDITION)]
+    old = [n for n in weights if n not in own and any(part in f".{n}" for part in CONDITION)]
+    for name in {*new, *old} - {LABELS}:
+        adapted.pop(name, None)
+    adapted.update({name: own[name] for name in new})
+    if {*new, *old} - {LABELS}:
+        notes.append("it is conditioned on something else there, so what reads it is new")
 
     before = max(0, rows(weights, LABELS) - 1)                          # without the null class
     now = max(0, rows(own, LABELS) - 1)
@@ -1404,7 +1420,7 @@ def adapt_weights(weights: dict[str, Tensor], network: nn.Module) -> tuple[dict,
         adapted.pop(LABELS, None)
         fate = "re-initialised" if now else "left out"
         notes.append(f"{before} classes there and {now} here, so the label table is {fate}")
-    positions = [name for name in own if name.endswith(POSITIONS)]      # of a ViT encoder, too
+    positions = [n for n in own if n.endswith(POSITIONS) and n not in new]  # of a ViT encoder, too
     for name in positions:
         if rows(weights, name) != rows(own, name):
             adapted.pop(name, None)

@@ -363,7 +363,7 @@ def guided(
     scale other than 1 has no y.
     """
     if y is None and scale != 1.0:
-        raise UserError("guidance needs class labels, and none were given; use a scale of 1")
+        raise UserError("guidance needs a y (class labels, tokens), and got none; use a scale of 1")
     # In DiffiT-256 43 % of the steps have such a scale; without the null half they cost half.
     tolerance = 0 if exact else SCALE_TOLERANCE
 

@@ -197,16 +197,16 @@ class Tokens:
 
 class Support:
     """Images of a kind that a few pictures show: image i of one of these classes of the data, in
-    turn (by default of all), told by `shots` of its pictures. Data without labels are one class.
-    Without shots all of its pictures tell it, the same for each image. The network of latents has
-    its pictures through the vae. UserError if a class has too few that can be read."""
+    turn (by default of all), conditioned on `shots` of its pictures, drawn by (seed, i). Data
+    without labels are one class. Of a single class shots may be None: all of its pictures, the same
+    for each image. A network of latents has its pictures through the vae, unless the data are
+    latents. UserError if a class has too few pictures, or too many for all of them."""
 
     def __init__(self, cfg, dataset, path, classes=None, shots=None, vae=None):
         self.cfg = cfg
         self.dataset = dataset
         self.path = path
         self.vae = vae
-        self.shots = shots
         self.classes = [None]
         members = [np.arange(len(dataset))]
         if dataset.labels is not None:
@@ -214,17 +214,28 @@ class Support:
             members = [np.flatnonzero(dataset.labels == k) for k in self.classes]
         self.members = members
         self.names = dict(enumerate(dataset.class_names))
-        for k, indices in zip(self.classes, members):
-            if len(indices) < (shots or 1):
-                which = "" if k is None else f" of class {self.names.get(k, k)}"
-                raise UserError(
-                    f"{path} has {len(indices)} pictures{which}, and {shots or 1} are to tell an "
-                    f"image; add some, or pass --shots {max(1, len(indices))}"
-                )
         # One support for all images, or one for each.
         self.shared = len(members) == 1 and shots in (None, len(members[0]))
+        self.shots = len(members[0]) if self.shared else shots
+        self.check_numbers()
         self.count = 32 if self.shared else 24
-        self.picture = functools.lru_cache(4096)(self.picture)
+        self.picture = functools.lru_cache(512)(self.picture)
+        self.strip = functools.lru_cache(GRID)(self.strip)
+
+    def check_numbers(self):
+        for k, indices in zip(self.classes, self.members):
+            if len(indices) < self.shots:
+                which = "" if k is None else f" of class {self.names.get(k, k)}"
+                raise UserError(
+                    f"{self.path} has {len(indices)} pictures{which}, and {self.shots} are to "
+                    f"condition an image; add some, choose other classes, or pass --shots "
+                    f"{max(1, len(indices))}"
+                )
+        if self.shots > MOST_SHOTS:
+            raise UserError(
+                f"{self.shots} pictures of {self.path} for each image are more than {MOST_SHOTS}; "
+                f"pass --shots with fewer"
+            )
 
     def picture(self, i):
         """Picture i as the network takes it (C, H, W), on the CPU; None if it cannot be read."""
@@ -235,73 +246,75 @@ class Support:
             return None
         x = data.to_network(x[None])
         if self.vae and x.shape[1] == 3:
-            device = device_of(self.vae)
-            with torch.no_grad():
-                x = self.vae.latent(*self.vae.posterior(x.to(device))).cpu()
+            with torch.no_grad(), autocast("fp32", device_of(self.vae)):
+                x = self.vae.latent(*self.vae.posterior(x.to(device_of(self.vae)))).cpu()
         return x[0]
 
     def pictures(self, i, seed):
-        """The pictures that tell image i, (k, C, H, W)."""
+        """The pictures for image i, (shots, C, H, W); those that can be read, if they are fewer."""
         members = self.members[i % len(self.members)]
-        if self.shots:
+        if not self.shared:
             members = np.random.default_rng([seed, i]).permutation(members)
-        found = (self.picture(j) for j in members)
-        found = list(itertools.islice((x for x in found if x is not None), self.shots or None))
-        if len(found) < (self.shots or 1):
-            raise UserError(f"{self.path}: only {len(found)} of its pictures can be read")
-        return torch.stack(found)
+        readable = (x for x in map(self.picture, members) if x is not None)
+        pictures = list(itertools.islice(readable, self.shots))
+        if not pictures:
+            raise UserError(f"no picture of {self.path} that is to condition image {i} can be read")
+        return torch.stack(pictures)
 
     @torch.no_grad()
     def y(self, model, indices, seed):
         device = device_of(model)
-        told = indices[:1] if self.shared else indices
-        contexts = []
+        pictures = [self.pictures(i, seed) for i in (indices[:1] if self.shared else indices)]
         with autocast(self.cfg.precision, device):
-            for i in told:
-                # Some at a time: a support may have thousands.
-                parts = self.pictures(i, seed).split(256)
-                encoded = torch.cat([model.set_encoder(part.to(device)) for part in parts])
-                contexts.append(encoded.float().mean(0))  # (M, dim)
+            contexts = [model.set_encoder(x.to(device)).float().mean(0) for x in pictures]
         return torch.stack(contexts).expand(len(indices), -1, -1)
 
     def labels(self, indices, seed):
         labels = [self.classes[i % len(self.classes)] for i in indices]
         return None if None in labels else np.array(labels, np.int64)
 
-    def captions(self, indices, seed):
-        labels = self.labels(indices, seed)
-        return labels if labels is None else [self.names.get(k, str(k)) for k in labels.tolist()]
+    def strip(self, i, seed):
+        """The pictures for image i side by side, of some of them, and a gap: (H, W', 3) uint8."""
+        pictures = self.pictures(i, seed)[:SHOWN]
+        shown = to_images(
+            pictures.to(device_of(self.vae) if self.vae else "cpu"), self.cfg, self.vae
+        )
+        size = shown.shape[1]
+        white = np.full((size, size, 3), 255, np.uint8)
+        missing = [white] * (min(self.shots, SHOWN) - len(shown))
+        return np.concatenate([*shown, *missing, white[:, : size // 4]], axis=1)
 
     def cells(self, made, indices, seed):
-        """Each image beside its support, or rows of eight beside the support of all."""
+        """Each image beside its pictures, or rows of eight images beside the pictures of all."""
         each = 8 if self.shared else 1
-        columns = 1 if self.shared else max(1, COLUMNS // (self.shots + 1))
-        white = np.full_like(made[0], 255)
-        cells = []
-        for k in range(0, len(made), each):
-            support = to_images(self.pictures(indices[k], seed)[:SHOWN], self.cfg, self.vae)
-            row = [*made[k : k + each]]
-            row += [white] * (each - len(row))
-            gap = white[:, : len(white) // 4]
-            cells.append(np.concatenate([*support, gap, *row], axis=1))
-        captions = None if self.shared else self.captions(indices, seed)
+        rest = [np.full_like(made[0], 255)] * (-len(made) % each)
+        made = [*made, *rest]
+        cells = [
+            np.concatenate([self.strip(indices[k], seed), *made[k : k + each]], axis=1)
+            for k in range(0, len(made), each)
+        ]
+        labels = self.labels(indices, seed)
+        if self.shared or labels is None:
+            captions = None
+        else:
+            captions = [self.names.get(k, str(k)) for k in labels.tolist()]
+        # About as wide as high.
+        columns = 1 if self.shared else max(1, round(math.sqrt(len(cells) / (self.shots + 1))))
         return np.stack(cells), columns, captions
 
     def settings(self, seed):
-        return {
-            "support": self.dataset.fingerprint(),
-            "classes": self.classes,
-            "shots": self.shots,
-            "vae_of_support": data.weights_hash(self.vae) if self.vae else "",
-        }
+        # Of a few pictures all of their bytes; a fingerprint knows some names and files.
+        pictures = self.pictures(0, seed).numpy() if self.shared else None
+        support = data.content_hash(self.dataset.fingerprint(), pictures)
+        return {"support": support, "classes": self.classes, "shots": self.shots}
 
     def __str__(self):
-        how_many = f"{self.shots} pictures each" if self.shots else "all pictures"
         labels = f", classes {','.join(map(str, self.classes))}" * (None not in self.classes)
-        return f"{how_many} of {self.path}{labels}"
+        return f"{self.shots} pictures each of {self.path}{labels}"
 
 
 SHOWN = 8  # pictures of a support in a grid
+MOST_SHOTS = 1000
 
 
 def device_of(model):
@@ -492,9 +505,10 @@ def check_images_folder(folder, settings):
         if not isinstance(theirs, dict):
             raise UserError(f"{note} is damaged; pass --dir with a new or empty folder")
         differ = "; ".join(
-            f"{name} is {configs.short(theirs.get(name))} there and {configs.short(value)} here"
-            for name, value in settings.items()
-            if value != theirs.get(name)
+            f"{name} is {configs.short(theirs.get(name))} there and "
+            f"{configs.short(settings.get(name))} here"
+            for name in {**settings, **theirs}
+            if settings.get(name) != theirs.get(name)
         )
         if differ:
             raise UserError(
@@ -1210,11 +1224,10 @@ def format_scores(scores):
 # A score for the built-in data: how many shapes a classifier recognises
 
 
-def shape_accuracy(images, labels, coloured=None):
+def shape_accuracy(images, labels, kinds=None, coloured=None):
     """images (n, H, W, 3) uint8, labels (n,) -> the share of these shapes that a classifier names
-    right, and its share of real shapes that it has not seen. coloured: of data.ShapeKinds, where
-    the labels are kinds, from which the classifier chooses; None for the ten of data.Shapes."""
-    kinds = None if coloured is None else tuple(np.unique(labels).tolist())
+    right, and its share of real shapes that it has not seen. It chooses among the ten of
+    data.Shapes, or these kinds (a tuple) of data.ShapeKinds."""
     accuracy, real = shape_classifier(images.shape[1], kinds, coloured)
     return accuracy(data.to_float(images), labels), real
 
@@ -1312,6 +1325,13 @@ def check_flags(args):
     check_output("--gif", args.gif, ".gif")
     check_output("--dir", args.dir)
     paths = [str(path) for path in (args.out, args.npz, args.gif, folder_of(args)) if path]
+    support = Path(args.support or "").resolve()
+    for path in paths:
+        if os.path.isdir(args.support or "") and Path(path).resolve().is_relative_to(support):
+            raise UserError(
+                f"{path} is inside --support {args.support}, and would be one of its pictures; "
+                f"choose another place"
+            )
     if len(set(paths)) < len(paths):
         raise UserError(f"{', '.join(paths)}: each output needs a name of its own; choose others")
     if args.score in (None, "shapes"):
@@ -1345,20 +1365,22 @@ def with_flags(cfg, args):
 
 def shown_by(args, model, cfg, vae):
     """What --classes, --tokens or --support ask for. UserError if the network takes none of it."""
-    takes = "nothing but noise: leave the flag out"
+    takes = "nothing; leave the flag out"
     if cfg.set_depth:
-        takes = "a few pictures of what to show: pass --support PATH"
+        takes = "a few pictures; pass --support PATH"
     elif cfg.token_width:
-        takes = "tokens: pass --tokens FILE"
+        takes = "tokens; pass --tokens FILE"
     elif cfg.num_classes:
-        takes = f"one of {cfg.num_classes} classes: pass --classes, or leave it out for all"
+        takes = f"one of {cfg.num_classes} classes; pass --classes, or leave it out for all"
     for flag, fits in {
         "classes": cfg.num_classes or (cfg.set_depth and args.support),
         "tokens": cfg.token_width,
         "support": cfg.set_depth,
     }.items():
         if getattr(args, flag) is not None and not fits:
-            raise UserError(f"--{flag} {getattr(args, flag)}: this network is told {takes}")
+            raise UserError(
+                f"--{flag} {getattr(args, flag)}: this network is conditioned on {takes}"
+            )
     if args.shots and not args.support:
         raise UserError(
             f"--shots {args.shots} is the number of pictures of --support; pass it, too"
@@ -1369,7 +1391,7 @@ def shown_by(args, model, cfg, vae):
         return Tokens(open_tokens(args.tokens, cfg), args.tokens)
     if (cfg.set_depth or cfg.token_width) and cfg.cfg_scale != 1:
         raise UserError(
-            f"this network is told {takes}, or --cfg-scale 1 for images of nothing in particular"
+            f"this network is conditioned on {takes}, or --cfg-scale 1 for images of anything"
         )
     classes = None
     if args.classes is not None:
@@ -1383,8 +1405,8 @@ def open_tokens(path, cfg):
     count, width = tokens.shape[1:]
     if (count, width) != (cfg.token_count, cfg.token_width):
         raise UserError(
-            f"{path} has {count} tokens of width {width} for each image, and this network takes "
-            f"{cfg.token_count} of width {cfg.token_width}"
+            f"{path} has tokens ({count} of width {width} for each image) other than this network "
+            f"takes ({cfg.token_count} of width {cfg.token_width})"
         )
     return tokens
 
@@ -1392,9 +1414,16 @@ def open_tokens(path, cfg):
 def open_support(args, model, cfg, vae):
     """The value of --support: pictures without classes, or a data set, of which those classes are
     shown by default that were held out in training, if it has the classes of the training data."""
-    dataset = data.open_dataset(args.support, None if vae else cfg.input_size)
-    if vae and not isinstance(dataset, data.Latents):
-        dataset = data.open_dataset(args.support, image_size(cfg, vae))
+    cached = data.is_latents(args.support)
+    size = cfg.input_size if cached else image_size(cfg, vae)
+    dataset = data.open_dataset(args.support, size)
+    if cached:
+        fits = vae and dataset.channels == cfg.in_channels
+        if not fits or dataset.header["vae"] != vae.fingerprint():
+            raise UserError(
+                f"--support {args.support} holds latents that are not those of this network and "
+                f"its VAE; pass images"
+            )
     if rank_and_size()[0] == 0:
         configs.say(f"{args.support}: {dataset.summary()}")
     if dataset.labels is None:
@@ -1408,6 +1437,8 @@ def open_support(args, model, cfg, vae):
     classes = cfg.holdout if alike and {*cfg.holdout} <= {*dataset.labels.tolist()} else None
     if args.classes is not None:
         classes = parse_classes(args.classes, dataset.num_classes, dataset.class_names)
+    if args.classes == "all":
+        classes = None  # those that have images
     return Support(cfg, dataset, args.support, classes, args.shots or cfg.set_size - 1, vae)
 
 
@@ -1453,14 +1484,17 @@ def many_images(args, model, cfg, vae, shown):
         scorer.check_size(image_size(cfg, vae))
         warn_of_number(n)
     # Of what was loaded: the file may be replaced meanwhile, as train.py does with last.pt.
-    hashes = data.weights_hash(model), data.weights_hash(vae) if vae else ""
-    if set(configs.all_gather_object(hashes)) != {hashes}:
-        raise UserError(f"{args.ckpt} was replaced while the processes read it; start again")
-    weights_hash, vae_hash = hashes
+    weights_hash = data.weights_hash(model)
+    vae_hash = data.weights_hash(vae) if vae else ""
     settings = {name: getattr(cfg, name) for name in SAMPLING if name != "vae"}
     settings |= {"weights": weights_hash, "ema": not args.no_ema, "vae_weights": vae_hash}
     settings |= {"seed": args.seed, **shown.settings(args.seed)}
     settings["precision"] = configs.arithmetic(cfg.precision, configs.default_device())
+    if any(other != settings for other in configs.all_gather_object(settings)):
+        raise UserError(
+            f"{args.ckpt}, or what its images depend on, was replaced while the processes read it; "
+            f"start again"
+        )
     configs.on_rank_0(lambda: check_images_folder(folder, settings))
     with configs.exclusive(folder):  # nothing is written before this line
         configs.on_rank_0(lambda: write_settings(folder, settings))
@@ -1480,11 +1514,12 @@ def many_images(args, model, cfg, vae, shown):
         print(format_scores(scorer.compare(stats)))
         print(f"  {format_count(stats['images'])} by the {maker}; {scorer.provenance()}")
     elif args.score:
-        coloured = shown.dataset.coloured if isinstance(shown, Support) else None
-        share, real = shape_accuracy(np.stack([*read_images(images, n)]), labels, coloured)
+        kinds = ()
+        if isinstance(shown, Support):
+            kinds = tuple(shown.classes), shown.dataset.coloured
+        share, real = shape_accuracy(np.stack([*read_images(images, n)]), labels, *kinds)
         judge = f"a classifier that names {100 * real:.1f} % of real shapes right"
-        if coloured is not None:
-            judge += f", among {len(np.unique(labels))} kinds"
+        judge += f", among {len(shown.classes)} kinds" if kinds else ""
         print(f"{100 * share:.1f} % named right\n  {n} images by the {maker}; by {judge}")
     if args.out:
         grid = np.stack([*read_images(images, min(n, GRID))])

@@ -249,7 +249,7 @@ class Trainer:
         x (b, C, H, W) uint8 or latents, y (b,) or (b, M, E)."""
         cfg = self.cfg
         x = data.to_network(x.to(self.device, non_blocking=True))  # pixels in [-1, 1]
-        y = y.to(self.device, non_blocking=True) if cfg.guidable else None
+        y = y.to(self.device, non_blocking=True) if cfg.takes_y else None
         # Noise, timesteps and dropped labels: the same whichever process has this micro-batch.
         torch.manual_seed(configs.seed_from(cfg.seed, step, k))
         t, weight = self.draw_noise_levels(len(x))
@@ -1277,8 +1277,8 @@ def bench(cfg, device, repeats):
 def open_data(name, given):
     """The data set of a preset with the fields that were given, among which the number of classes
     is from then on. UserError if the network cannot take what it holds."""
-    # Whether there is anything to guide by, the data will tell.
-    cfg = configs.config_from_preset(name, {**given, "cfg_scale": 1.0})
+    # Whether there is anything to guide by, and how many tokens, the data will tell.
+    cfg = configs.config_from_preset(name, {**given, "cfg_scale": 1.0, "token_count": 1})
     if not cfg.data:
         raise UserError(f"this preset has no data of its own; pass --data: {data.KINDS}")
     dataset = data.open_dataset(cfg.data, cfg.input_size)
@@ -1296,7 +1296,7 @@ def open_data(name, given):
             f"{8 * cfg.input_size}"
         )
     given.setdefault("num_classes", classes_of(dataset, cfg))
-    if dataset.tokens is not None:
+    if dataset.tokens is not None and not cfg.set_size and not given["num_classes"]:
         count, width = dataset.tokens.shape[1:]
         given.setdefault("token_width", width)
         given.setdefault("token_count", count if given["token_width"] else 1)
@@ -1347,15 +1347,14 @@ def check_data(cfg, dataset):
 
 def check_tokens(cfg, dataset):
     """UserError unless the data have tokens as the network takes them."""
-    theirs = (
-        "none" if dataset.tokens is None else "{} of width {}".format(*dataset.tokens.shape[1:])
-    )
-    ours = f"{cfg.token_count} of width {cfg.token_width}"
+    theirs = None if dataset.tokens is None else dataset.tokens.shape[1:]
+    ours = cfg.token_count, cfg.token_width
     if theirs != ours:
+        found = "none" if theirs is None else "{} of width {}".format(*theirs)
         raise UserError(
-            f"the network takes {ours} tokens for each image, and {cfg.data} has {theirs}; pass an "
-            f".npz with images and a float arr_1 of tokens, and leave out --token-width and "
-            f"--token-count"
+            f"{cfg.data} has tokens ({found} for each image) other than the network takes ({ours[0]} "
+            f"of width {ours[1]}); pass an .npz with images and a float arr_1 of tokens, and leave "
+            f"out --token-width and --token-count"
         )
 
 
