@@ -2922,7 +2922,7 @@ def reduced(cfg):
     if cfg.model in ("diffit", "dit"):
         small = dict(hidden_size=16, depth=1, num_heads=2)
     else:
-        small = dict(channels=tuple(width // 16 for width in cfg.channels), cond_size=16)
+        small = dict(channels=tuple(max(2, width // 16) for width in cfg.channels), cond_size=16)
         small |= dict(blocks=(1,) * len(cfg.blocks), num_heads=min(cfg.num_heads, 2))
     training = {name: getattr(configs.Config, name) for name in TRAINING}
     if cfg.set_size:
@@ -6111,7 +6111,8 @@ def test_sets_and_tokens_train_in_every_network():
 def test_the_log_says_what_the_context_is_worth():
     """The loss with null tokens less the loss with its own, at the same noise, by hand."""
     cfg = configs.config_from_preset(
-        "shapes-set", dict(input_size=8, hidden_size=24, depth=1, num_heads=2, batch_size=12)
+        "outlines-set",
+        dict(set_size=6, input_size=8, hidden_size=24, depth=1, num_heads=2, batch_size=12),
     )
     trainer = train.Trainer(cfg, torch.device("cpu"))
     varied(trainer.model)
@@ -6224,8 +6225,8 @@ def test_a_class_without_a_readable_image_ends_the_run():
             refused(lambda: counter.add(stream[first][2]), *words)
 
 
-SETS = ("--preset", "shapes-set", "--data", "shapes-set", "--input-size", 8, "--set-depth", 1)
-SETS += ("--batch-size", 12)
+SETS = ("--preset", "outlines-set", "--data", "shapes-set", "--input-size", 8, "--set-depth", 1)
+SETS += ("--set-size", 6, "--batch-size", 12)
 
 
 def test_sets_resume_as_if_unbroken():
@@ -6251,8 +6252,10 @@ def test_sets_resume_as_if_unbroken():
 def train_sets(root):
     fields = dict(input_size=8, hidden_size=32, depth=1, num_heads=2, set_depth=1, batch_size=24)
     fields |= dict(micro_batch=12, kimg=0.12, tick_kimg=0.048, sampling_steps=2, workers=0)
+    fields |= dict(set_size=6, precision="fp32")
     for way in ("adaln-zero", "adaln-zero+cross"):
-        cfg = configs.config_from_preset("shapes-set", {**fields, "condition_in": way})
+        fields |= dict(condition_in=way)
+        cfg = configs.config_from_preset("outlines-set", fields)
         with signals_restored(), contextlib.redirect_stderr(io.StringIO()):
             train.train(cfg, data.ShapeKinds(8), root / way, device=torch.device("cpu"))
 
@@ -6504,7 +6507,7 @@ def test_a_network_learns_what_a_few_pictures_show():
     fields = dict(input_size=4, patch_size=2, hidden_size=48, depth=2, set_depth=1, num_heads=2)
     fields |= dict(set_size=3, batch_size=48, lr=3e-3, kimg=24, holdout=tuple(range(50, 60)))
     fields |= dict(workers=0, cfg_scale=1.0, tick_kimg=4, sample_kimg=100, sampling_steps=8)
-    cfg = configs.config_from_preset("shapes-set", fields)
+    cfg = configs.config_from_preset("outlines-set", fields)
     with folder() as root, signals_restored(), contextlib.redirect_stderr(io.StringIO()):
         train.train(cfg, dataset, root / "run", device=torch.device("cpu"))
         model, cfg = load_model(root / "run")

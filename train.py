@@ -1352,9 +1352,9 @@ def check_tokens(cfg, dataset):
     if theirs != ours:
         found = "none" if theirs is None else "{} of width {}".format(*theirs)
         raise UserError(
-            f"{cfg.data} has tokens ({found} for each image) other than the network takes ({ours[0]} "
-            f"of width {ours[1]}); pass an .npz with images and a float arr_1 of tokens, and leave "
-            f"out --token-width and --token-count"
+            f"{cfg.data} has tokens ({found} for each image) other than the network takes "
+            f"({ours[0]} of width {ours[1]}); pass an .npz with images and a float arr_1 of tokens, "
+            f"and leave out --token-width and --token-count"
         )
 
 
