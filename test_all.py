@@ -5800,10 +5800,14 @@ def device_without_float64():
     """A device that is no CPU -> its torch.device."""
     device = torch.device("meta")
     adamw = torch.optim.AdamW
-    tensor = torch.tensor  # makes empty ones there, past the mode
+    tensor, as_tensor = torch.tensor, torch.as_tensor  # make empty ones there, past the mode
 
     def tensor_by_copy(values, dtype=None, device="cpu"):
         return tensor(values, dtype=dtype).to(device)
+
+    def as_tensor_by_copy(values, dtype=None, device=None):
+        made = as_tensor(values, dtype=dtype)
+        return made if device is None else made.to(device)
 
     with (
         DeviceMode(),
@@ -5812,6 +5816,7 @@ def device_without_float64():
         patch.object(configs, "autocast", lambda *_: contextlib.nullcontext()),
         patch.object(sample, "autocast", lambda *_: contextlib.nullcontext()),
         patch.object(torch, "tensor", tensor_by_copy),
+        patch.object(torch, "as_tensor", as_tensor_by_copy),
         patch.object(torch.optim, "AdamW", lambda *args, fused: adamw(*args, foreach=False)),
     ):
         yield device
@@ -5827,6 +5832,7 @@ def trained_sampled_and_scored(device):
     for fields in (
         dict(latent, timesteps="loss-aware"),
         dict(unet, process="edm", augment=0.5, sampling_steps=3, time_embedding="fourier"),
+        dict(unet, process="edm", set_size=2, set_depth=1, sampling_steps=3),
     ):
         cfg = configs.Config(**shared, **fields)
         trainer = train.Trainer(cfg, device)
@@ -5835,9 +5841,13 @@ def trained_sampled_and_scored(device):
         columns, norms = trainer.step(0, batches, with_condition=True)
         trainer.step(1, batches)
         found += [columns["loss"], columns["condition"], norms]
+        shown = None
+        if cfg.set_size:
+            found += [columns["worth"], columns["context_std"]]
+            shown = sample.Support(cfg, data.ShapeKinds(16, 2, 4), "kinds", None, 3)
         for sampler in choices_of("sampler"):
             made = dataclasses.replace(cfg, sampler=sampler)
-            ((x, _),) = sample.generate(trainer.ema.model, made, range(2))
+            ((x, _),) = sample.generate(trainer.ema.model, made, range(2), shown)
             found.append(x)
     inception = SmallInception().to(device)
     images = np.stack([data.Shapes(32).read(i) for i in range(12)])
