@@ -1429,7 +1429,8 @@ def write_text(path, text):
 NOTE = """
 561M parameters belong to 28 layers, which the published weights have; the 30 layers of the text
 have 600.9M. DiffiT's 114 GFLOPs are the 118.5 counted here without the two products inside
-attention (28 x 2 x 256^2 x 1152 = 4.2); DiT's 119 includes them."""
+attention (28 x 2 x 256^2 x 1152 = 4.2); DiT's 119 includes them. Parameters of sets' presets are
+with their encoder, GFLOPs without: it reads each picture once."""
 
 
 def main():
