@@ -1170,6 +1170,8 @@ def read_npz(path, size=None):
     holds labels (n,), or tokens (n, E) or (n, M, E) of floats. Uncompressed arrays stay in the
     file, memory-mapped."""
     images = read_array(path, "arr_0", mapped=True)
+    if images.ndim == 4 and not len(images):
+        raise UserError(f"arr_0 in {path} holds no images")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
         raise UserError(
             f"arr_0 in {path} is {images.dtype} {images.shape}, not uint8 (n, height, width, 3)"
@@ -1196,14 +1198,18 @@ def read_npz(path, size=None):
 
 def as_tokens(array, path, name):
     """An array (n, E) or (n, M, E) of floats -> (n, M, E). UserError for anything else."""
-    if array.ndim == 2:
-        array = array[:, None]
-    if array.ndim != 3 or array.dtype not in (np.float16, np.float32, np.float64) or not array.size:
+    if array.dtype.kind != "f" or array.ndim not in (2, 3) or not array.size:
         raise UserError(
-            f"{name} in {path} is {array.dtype} {array.shape}: neither class numbers, which are "
-            f"whole, nor tokens, floats (n, width) or (n, number, width)"
+            f"{name} in {path} is {array.dtype} {array.shape}, not tokens: floats (n, width) or "
+            f"(n, number, width)"
         )
-    return array
+    return array[:, None] if array.ndim == 2 else array
+
+
+def as_float32(array):
+    """The same numbers; those that are too large become infinite, which others check."""
+    with np.errstate(over="ignore"):
+        return np.asarray(array, np.float32)
 
 
 def read_tokens(path):
@@ -1213,7 +1219,7 @@ def read_tokens(path):
         raise UserError(f"there is no file {path}; expected an .npz of tokens")
     names = array_names(path)
     name = names[0] if len(names) == 1 else "arr_1"
-    tokens = as_tokens(read_array(path, name), path, name).astype(np.float32)
+    tokens = as_float32(as_tokens(read_array(path, name), path, name))
     if not np.isfinite(tokens).all():
         raise UserError(f"{name} in {path} holds numbers that are not finite")
     return tokens
@@ -1493,7 +1499,8 @@ class ShuffledStream(torch.utils.data.Dataset):
         mirrored = self.xflip and np.random.default_rng([self.seed, 1, place]).random() < 0.5
         rng = np.random.default_rng([self.seed, 2, place])
         unreadable = []
-        for i in itertools.islice(self.candidates(k), max_unreadable(len(self.dataset)) + 1):
+        candidates = self.candidates(k)
+        for i in itertools.islice(candidates, max_unreadable(len(self.dataset)) + 1):
             try:
                 if not np.isfinite(self.label(i)).all():
                     raise UnreadableImage("its tokens are not finite")
@@ -1501,8 +1508,10 @@ class ShuffledStream(torch.utils.data.Dataset):
             except (UnreadableImage, OSError) as error:
                 unreadable.append((self.dataset.name(i), first_line(error)))
         # The list ends the run: it is too long, or says that nothing is left of a class.
-        if self.set_size:
-            unreadable.append((f"all images of class {self.label(i)}", NONE_LEFT))
+        if next(candidates, None) is None and self.set_size:
+            names = dict(enumerate(self.dataset.class_names))
+            label = int(self.label(i))
+            unreadable.append((f"all images of class {names.get(label, label)}", NONE_LEFT))
         return self.dataset.blank(), self.label(i), unreadable
 
     def shuffle(self, rng):
@@ -1536,7 +1545,7 @@ class ShuffledStream(torch.utils.data.Dataset):
     def label(self, i):
         """Its tokens (M, E), or its class, or -1 where it has neither."""
         if self.dataset.tokens is not None:
-            return np.asarray(self.dataset.tokens[i], np.float32)
+            return as_float32(self.dataset.tokens[i])
         return np.int64(-1 if self.dataset.labels is None else self.dataset.labels[i])
 
 

@@ -1406,12 +1406,17 @@ def adapt_weights(weights: dict[str, Tensor], network: nn.Module) -> tuple[dict,
     adapted = dict(weights)
     notes = []
 
-    new = [n for n in own if n not in weights and any(part in f".{n}" for part in CONDITION)]
-    old = [n for n in weights if n not in own and any(part in f".{n}" for part in CONDITION)]
-    for name in {*new, *old} - {LABELS}:
-        adapted.pop(name, None)
+    def readers(state):
+        """What reads y, but for the label table and positions, which may be of another size."""
+        names = {n for n in state if any(part in f".{n}" for part in CONDITION)} - {LABELS}
+        return {n: None if n.endswith(POSITIONS) else state[n].shape for n in names}
+
+    ours, theirs = readers(own), readers(weights)
+    new = [name for name in ours if name not in theirs or ours[name] != theirs[name]]
+    for name in theirs.keys() - ours.keys():
+        adapted.pop(name)
     adapted.update({name: own[name] for name in new})
-    if {*new, *old} - {LABELS}:
+    if new or theirs.keys() - ours.keys():
         notes.append("it is conditioned on something else there, so what reads it is new")
 
     before = max(0, rows(weights, LABELS) - 1)                          # without the null class

@@ -200,9 +200,10 @@ class Support:
     turn (by default of all), conditioned on `shots` of its pictures, drawn by (seed, i). Data
     without labels are one class. Of a single class shots may be None: all of its pictures, the same
     for each image. A network of latents has its pictures through the vae, unless the data are
-    latents. UserError if a class has too few pictures, or too many for all of them."""
+    latents. UserError if a class has too few pictures, or too many for all of them. lenient: those
+    that can be read will do, if they are fewer than shots."""
 
-    def __init__(self, cfg, dataset, path, classes=None, shots=None, vae=None):
+    def __init__(self, cfg, dataset, path, classes=None, shots=None, vae=None, lenient=False):
         self.cfg = cfg
         self.dataset = dataset
         self.path = path
@@ -217,6 +218,7 @@ class Support:
         # One support for all images, or one for each.
         self.shared = len(members) == 1 and shots in (None, len(members[0]))
         self.shots = len(members[0]) if self.shared else shots
+        self.lenient = lenient or self.shared
         self.check_numbers()
         self.count = 32 if self.shared else 24
         self.picture = functools.lru_cache(512)(self.picture)
@@ -251,14 +253,19 @@ class Support:
         return x[0]
 
     def pictures(self, i, seed):
-        """The pictures for image i, (shots, C, H, W); those that can be read, if they are fewer."""
+        """The pictures for image i, (shots, C, H, W)."""
         members = self.members[i % len(self.members)]
         if not self.shared:
             members = np.random.default_rng([seed, i]).permutation(members)
         readable = (x for x in map(self.picture, members) if x is not None)
         pictures = list(itertools.islice(readable, self.shots))
-        if not pictures:
-            raise UserError(f"no picture of {self.path} that is to condition image {i} can be read")
+        if len(pictures) < (1 if self.lenient else self.shots):
+            label = self.classes[i % len(self.classes)]
+            which = "" if label is None else f" of class {self.names.get(label, label)}"
+            raise UserError(
+                f"only {len(pictures)} of the pictures{which} in {self.path} can be read, and "
+                f"{self.shots} are to condition an image; repair or replace the others"
+            )
         return torch.stack(pictures)
 
     @torch.no_grad()
@@ -281,16 +288,17 @@ class Support:
         )
         size = shown.shape[1]
         white = np.full((size, size, 3), 255, np.uint8)
-        missing = [white] * (min(self.shots, SHOWN) - len(shown))
-        return np.concatenate([*shown, *missing, white[:, : size // 4]], axis=1)
+        missing = [white] * (0 if self.shared else min(self.shots, SHOWN) - len(shown))
+        return np.concatenate([*shown, *missing, white[:, : size // 8]], axis=1)
 
     def cells(self, made, indices, seed):
         """Each image beside its pictures, or rows of eight images beside the pictures of all."""
         each = 8 if self.shared else 1
-        rest = [np.full_like(made[0], 255)] * (-len(made) % each)
-        made = [*made, *rest]
+        white = np.full_like(made[0], 255)
+        made = [*made] + [white] * (-len(made) % each)
+        apart = white[:, : len(white) // 2]  # from the next cell
         cells = [
-            np.concatenate([self.strip(indices[k], seed), *made[k : k + each]], axis=1)
+            np.concatenate([self.strip(indices[k], seed), *made[k : k + each], apart], axis=1)
             for k in range(0, len(made), each)
         ]
         labels = self.labels(indices, seed)
@@ -329,7 +337,7 @@ def shown_in_training(cfg, dataset, vae=None):
         counts = collections.Counter(dataset.labels.tolist())
         enough = [k for k in sorted(counts) if counts[k] >= shots]
         classes = [k for k in enough if k in cfg.holdout]
-        return Support(cfg, dataset, cfg.data, classes or enough, shots, vae)
+        return Support(cfg, dataset, cfg.data, classes or enough, shots, vae, lenient=True)
     if cfg.token_width:
         return Tokens(dataset.tokens, cfg.data)
     return Classes(cfg, names=dataset.class_names)
@@ -375,6 +383,11 @@ def generate(
         with autocast(cfg.precision, device):
             x = process.prior(noise(), levels[0])
             x = sampler(process, f, x, levels, clip=cfg.clip_denoised, watch=watch, **options)
+        if not x.isfinite().all():
+            configs.say(
+                f"images {chunk[0]} to {chunk[-1]} are not finite numbers; are the tokens or the "
+                f"guidance far larger than in training?"
+            )
         labels = shown.labels(chunk, seed)
         yield x, None if labels is None else torch.from_numpy(labels).to(device)
 
@@ -1376,15 +1389,12 @@ def shown_by(args, model, cfg, vae):
         "classes": cfg.num_classes or (cfg.set_depth and args.support),
         "tokens": cfg.token_width,
         "support": cfg.set_depth,
+        "shots": cfg.set_depth and args.support,
     }.items():
         if getattr(args, flag) is not None and not fits:
             raise UserError(
                 f"--{flag} {getattr(args, flag)}: this network is conditioned on {takes}"
             )
-    if args.shots and not args.support:
-        raise UserError(
-            f"--shots {args.shots} is the number of pictures of --support; pass it, too"
-        )
     if args.support:
         return open_support(args, model, cfg, vae)
     if args.tokens:
@@ -1406,7 +1416,7 @@ def open_tokens(path, cfg):
     if (count, width) != (cfg.token_count, cfg.token_width):
         raise UserError(
             f"{path} has tokens ({count} of width {width} for each image) other than this network "
-            f"takes ({cfg.token_count} of width {cfg.token_width})"
+            f"takes ({cfg.token_count} of width {cfg.token_width}); make them as for its training"
         )
     return tokens
 
@@ -1548,8 +1558,8 @@ def open_classes(path, size, text):
 def reference_command(args):
     """Write the reference. UserError if DATA are not images."""
     check_output("--out", args.out, ".npz")
-    inception, inception_hash = load_inception(args.inception, configs.default_device())
     images = open_classes(args.reference, args.size, args.classes)
+    inception, inception_hash = load_inception(args.inception, configs.default_device())
     if rank_and_size()[0] == 0:
         configs.say(images.summary())
     start = time.time()
@@ -1584,6 +1594,8 @@ def reference_command(args):
 def score_command(args):
     """Print the scores of existing images. UserError if PATH does not hold images, or of another
     size than the reference's."""
+    if args.score == "shapes":
+        raise UserError("--score shapes is for samples of a --ckpt; give a reference, REF.npz")
     images = open_classes(args.images, args.size, args.classes)
     if rank_and_size()[0] == 0:
         configs.say(images.summary())

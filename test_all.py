@@ -6235,6 +6235,22 @@ def test_a_class_without_a_readable_image_ends_the_run():
             refused(lambda: counter.add(stream[first][2]), *words)
 
 
+def test_damaged_images_of_a_set_are_listed_as_others_are():
+    """Three of twenty, of a class that has two more: past 1 %, not a class without any."""
+    labels = [0] * 5 + [1] * 15
+    stream = identity_stream(labels)
+    read = data.ImageArray.read
+
+    def reads(self, i):
+        if i < 3:
+            raise data.UnreadableImage("broken")
+        return read(self, i)
+
+    with patch.object(data.ImageArray, "read", reads):
+        bad = [pair for place in range(3 * stream.length) for pair in stream[place][2]]
+    assert {name for name, _ in bad} == {"image 0", "image 1", "image 2"}, bad
+
+
 SETS = ("--preset", "outlines-set", "--data", "shapes-set", "--input-size", 8, "--set-depth", 1)
 SETS += ("--set-size", 6, "--batch-size", 12)
 
@@ -6254,9 +6270,9 @@ def test_sets_resume_as_if_unbroken():
         assert {"worth", *train.CONTEXT} <= log[0].keys()
         assert "set_encoder" in log[0]["grad_norm_parts"]
         assert Image.open(root / "whole/loss.png").size == (1200, 1200)
-        # 24 images beside five pictures each: two cells in a row, of 6 pictures and a gap.
+        # 24 images beside five pictures each: two cells in a row, of 6 pictures and two gaps.
         grid = Image.open(root / "whole/samples-000000.png")
-        assert grid.size[0] == 2 * (64 * 6 + 16 + 2) + 2
+        assert grid.size[0] == 2 * (64 * 6 + 8 + 32 + 2) + 2
 
 
 def train_sets(root):
@@ -6296,7 +6312,8 @@ def test_sampling_from_a_support():
         five = (*flags, "--support", root / "five")
         said = succeeds(sample, *five, "--num-images", 11, "--out", root / "x.png")
         holds(said, ["6 images; left out: 1 .txt", "skipped broken.png", "wrote"])
-        assert Image.open(root / "x.png").size == (64 * (6 + 8) + 16 + 4, 2 * 66 + 2)
+        # Two rows of eight beside the five that can be read, a gap, and one at the end.
+        assert Image.open(root / "x.png").size == (64 * (5 + 8) + 8 + 32 + 4, 2 * 66 + 2)
         succeeds(sample, *five, "--num-images", 3, "--npz", root / "a.npz", "--shots", 2)
         with np.load(root / "a.npz") as found:
             assert found["arr_0"].shape == (3, 8, 8, 3) and "arr_1" not in found
@@ -6324,7 +6341,7 @@ def test_sampling_from_a_support():
             (flags, ["--support PATH"]),
             ((*flags, "--classes", "3"), ["--classes 3", "--support PATH"]),
             ((*flags, "--tokens", "x.npz"), ["--tokens x.npz", "--support PATH"]),
-            ((*flags, "--shots", 3), ["--shots 3", "--support"]),
+            ((*flags, "--shots", 3), ["--shots 3", "pass --support PATH"]),
             ((*five, "--shots", 9), ["6 pictures, and 9 are to condition", "--shots 6"]),
             ((*five, "--dir", root / "five/x"), ["is inside --support"]),
             ((*five, "--classes", "1"), ["has no classes"]),
@@ -6333,6 +6350,13 @@ def test_sampling_from_a_support():
             ((*flags, "--support", root / "none"), ["there is no data at"]),
         ]:
             complains(sample, *args, "--out", root / "y.png", words=words)
+        dataset = data.ShapeKinds(8, [7], 9)
+        with patch.object(data.ShapeKinds, "read", Mock(side_effect=data.UnreadableImage("x"))):
+            with contextlib.redirect_stderr(io.StringIO()):
+                strict = sample.Support(cfg, dataset, "kinds", [7], 3)
+                refused(lambda: strict.y(model, [0], 0), "only 0 of", "class 7", "3 are to")
+        with patch.object(data.ShapeKinds, "read", lambda self, i: np.zeros((8, 8, 3), np.uint8)):
+            assert len(sample.Support(cfg, dataset, "kinds", [7], 3).pictures(0, 0)) == 3
         (root / "empty").mkdir()
         empty = (*flags, "--support", root / "empty", "--out", root / "y.png")
         complains(sample, *empty, words=["holds no images"])
@@ -6395,12 +6419,25 @@ def test_training_on_given_tokens():
             assert labels is None and most_different(found["arr_0"], data.to_uint8(x)) <= 1
         other = ("--ckpt", root / "three", "--tokens", root / "p.npz", "--out", root / "y.png")
         complains(sample, *other, words=["(1 of width 10 for", "takes (3 of width 10)"])
+        np.savez(root / "huge.npz", np.full((4, 10), 1e30, np.float32))
+        said = succeeds(
+            sample,
+            "--ckpt",
+            root / "run",
+            "--tokens",
+            root / "huge.npz",
+            "--num-images",
+            2,
+            "--out",
+            root / "h.png",
+        )
+        holds(said, ["images 0 to 1 are not finite numbers"])
         np.savez(root / "wide.npz", np.zeros((4, 11), np.float32))
         np.savez(root / "labels.npz", np.arange(4))
         np.savez(root / "nan.npz", np.full((4, 10), np.nan))
         for file, words in [
             ("wide.npz", ["of width 11", "1 of width 10"]),
-            ("labels.npz", ["int64 (4,)", "nor tokens"]),
+            ("labels.npz", ["int64 (4,)", "not tokens"]),
             ("nan.npz", ["not finite"]),
             ("none.npz", ["there is no file"]),
         ]:
@@ -6410,6 +6447,7 @@ def test_training_on_given_tokens():
         for args, words in [
             (("a.npz", "--token-width", 9), ["(1 of width 10 for", "(1 of width 9)"]),
             (("a.npz", "--num-classes", 10), ["no labels", "10 classes"]),
+            (("p.npz",), ["arr_0", "float16 (4, 10)"]),
         ]:
             complains(train, *TINY, *flags, root / args[0], *args[1:], *out, words=words)
         np.savez(root / "bad.npz", all_images(shapes), tokens[:7])
@@ -6438,7 +6476,7 @@ def test_sets_and_tokens_of_latents():
         cache(root / "a.npz", root / "z", *vae, "--size", 16)
         succeeds(train, "--preset", "tiny", "--data", root / "z", *vae, "--out", root / "run")
         grid = Image.open(root / "run/samples-000000.png")
-        assert grid.size[0] == 3 * (2 * 64 + 16 + 2) + 2, "two pictures and a gap in a cell"
+        assert grid.size[0] == 3 * (2 * 64 + 8 + 32 + 2) + 2, "two pictures and two gaps in a cell"
         for support in ("a.npz", "z"):
             flags = ("--ckpt", root / "run", "--support", root / support, "--num-images", 4)
             npz = root / f"by-{support}.npz"
@@ -6477,7 +6515,7 @@ def test_sets_that_cannot_be():
         succeeds(train, *flags, *ours)
         for args, words in [
             (("--data", root / "plain.npz"), ["has no labels", "sub-folders"]),
-            (("--data", root / "a.npz"), ["--holdout names the class 980", "--holdout ''"]),
+            (("--data", root / "a.npz"), ["no images of class 980", "--holdout ''"]),
             (("--data", root / "a.npz", "--holdout", ""), ["class 2", "4 images", "--set-size 6"]),
             ((*ours, "--holdout", "0,1,2"), ["all 3 classes"]),
             ((*ours, "--holdout", "0.5"), ["whole numbers"]),

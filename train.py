@@ -1308,7 +1308,7 @@ def classes_of(dataset, preset):
     without classes takes only those with names (numbered folders are often parts of one set), and
     none of CIFAR's archives, which the paper's unconditional networks are trained on. UserError if
     there are fewer images than that."""
-    if preset.set_size or dataset.tokens is not None:
+    if preset.set_size or preset.token_width or dataset.tokens is not None:
         return 0  # they take the place of classes
     named = not data.all_numbers(dataset.class_names)
     if not preset.num_classes and (not named or dataset.labels_from == "the archive"):
@@ -1353,8 +1353,8 @@ def check_tokens(cfg, dataset):
         found = "none" if theirs is None else "{} of width {}".format(*theirs)
         raise UserError(
             f"{cfg.data} has tokens ({found} for each image) other than the network takes "
-            f"({ours[0]} of width {ours[1]}); pass an .npz with images and a float arr_1 of tokens, "
-            f"and leave out --token-width and --token-count"
+            f"({ours[0]} of width {ours[1]}); pass an .npz with images and a float arr_1 of "
+            f"tokens, and leave out --token-width and --token-count"
         )
 
 
@@ -1371,8 +1371,8 @@ def check_sets(cfg, dataset):
     strange = sorted(set(cfg.holdout) - there)
     if strange:
         raise UserError(
-            f"--holdout names the class {strange[0]}, of which {cfg.data} has no images; give "
-            f"those to keep from training, or none: --holdout ''"
+            f"{cfg.data} has no images of class {strange[0]}, which --holdout (by default the "
+            f"preset's) keeps from training; pass those to keep, or none: --holdout ''"
         )
     trained = sorted(there.difference(cfg.holdout))
     if not trained:
@@ -1479,7 +1479,7 @@ def describe_classes(usual, cfg, dataset):
         trained = len(set(dataset.labels.tolist()).difference(cfg.holdout))
         say(
             f"sets of {cfg.set_size} images of a class: {trained} classes to train on, "
-            f"{len(cfg.holdout)} held out"
+            f"{len(set(cfg.holdout))} held out"
         )
     elif not now and count > 1:
         say(f"the network is unconditional and ignores them; --num-classes {count} uses them")
