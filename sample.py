@@ -1399,10 +1399,13 @@ def shown_by(args, model, cfg, vae):
         return open_support(args, model, cfg, vae)
     if args.tokens:
         return Tokens(open_tokens(args.tokens, cfg), args.tokens)
-    if (cfg.set_depth or cfg.token_width) and cfg.cfg_scale != 1:
-        raise UserError(
-            f"this network is conditioned on {takes}, or --cfg-scale 1 for images of anything"
-        )
+    if cfg.set_depth or cfg.token_width:
+        if cfg.cfg_scale != 1:
+            raise UserError(
+                f"this network is conditioned on {takes}, or --cfg-scale 1 for images of anything"
+            )
+        if rank_and_size()[0] == 0:
+            configs.say(f"images of anything; this network is conditioned on {takes}")
     classes = None
     if args.classes is not None:
         classes = parse_classes(args.classes, cfg.num_classes, model.class_names)

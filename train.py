@@ -1583,7 +1583,9 @@ def run(args):
         how = "the same command resumes" + (" (without --overwrite)" if overwrite else "")
         say(f"stopped by {signal.Signals(stopped).name} and saved; {how}")
     elif first:
-        say(f"complete: {out}/last.pt; make images with: python sample.py --ckpt {out}/last.pt")
+        needs = " --support PATH" * bool(cfg.set_depth) + " --tokens FILE" * bool(cfg.token_width)
+        made = f"python sample.py --ckpt {out}/last.pt{needs}"
+        say(f"complete: {out}/last.pt; make images with: {made}")
     return stopped
 
 
