@@ -335,7 +335,9 @@ def launch(script, *flags, prepare="pass", stdout=subprocess.DEVNULL, **environm
     """python SCRIPT.py FLAGS in a process and process group of its own, after the code `prepare`.
     environment: variables beside those of this process -> Popen, whose stderr is a pipe."""
     argv = [f"{script}.py", *map(str, flags)]
-    code = f"import sys; sys.argv = {argv}; {prepare}; import {script}; {script}.main()"
+    # Tests that run under nohup ignore SIGHUP, which it would inherit.
+    code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); "
+    code += f"import sys; sys.argv = {argv}; {prepare}; import {script}; {script}.main()"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         text=True,
@@ -5633,10 +5635,15 @@ def lying_files(root):
     np.savez_compressed(root / "b.npz", images, arr_1=np.arange(3))
     case("npz", root / "a.npz", changed_zip, read_whole)
     case("compressed npz", root / "b.npz", changed_zip, read_whole)
+    np.savez(root / "t.npz", images, arr_1=np.ones((3, 2, 5), np.float16))
+    np.savez(root / "u.npz", np.ones((3, 5)))
+    case("images with tokens", root / "t.npz", changed_zip, read_whole)
+    case("tokens", root / "u.npz", changed_zip, data.read_tokens)
     cifar(root / "c.tar.gz", 10, 20)
     case("cifar", root / "c.tar.gz", changed_gzip, read_whole)
     latents = small_latents(root)
-    for name in ("moments.npy", "labels.npy", "state.npy", "latents.json"):
+    np.save(latents / "tokens.npy", np.ones((4, 1, 5)))
+    for name in ("moments.npy", "labels.npy", "tokens.npy", "state.npy", "latents.json"):
         change = changed_json if name.endswith("json") else changed_bytes
         case(name, latents / name, change, lambda path: read_whole(path.parent))
 
