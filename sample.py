@@ -5,10 +5,11 @@
     python sample.py --reference DATA --out REF.npz     make a reference for --score
     python sample.py --bench                            time the sampling
 
-In this order: networks from files, generation, many images in a folder, the Inception network,
-scores, the four commands. Image i depends on (seed, i) alone: all of its noise comes from a
-generator of its own, so it does not change (but for rounding) with the batch size, the number of
-images, the number of processes or the order in which they are generated.
+In this order: networks from files, what images are to show, generation, many images in a folder,
+the Inception network, scores, the four commands. Image i depends on (seed, i) alone: all of its
+noise comes from a generator of its own, and a support of pictures from a draw of its own, so it
+does not change (but for rounding) with the batch size, the number of images, the number of
+processes or the order in which they are generated.
 """
 
 import collections
