@@ -388,7 +388,7 @@ class Config:
                 yield f"{flag_of(name)} {getattr(self, name)} must be below 1"
         for name in ("channels", "blocks", "holdout"):
             if not all(isinstance(number, int) for number in getattr(self, name)):
-                yield f"{flag_of(name)} {getattr(self, name)} must be whole numbers"
+                yield f"{flag_of(name)} {short(getattr(self, name))} must be whole numbers"
         if self.model == "ddpmpp" and self.time_in not in ("qkv", "none"):
             yield f"--time-in {self.time_in}: DDPM++ has its own attention (none) or TMSA (qkv)"
         if self.model != "ddpmpp" and self.time_in == "none":
@@ -408,7 +408,7 @@ class Config:
         if self.augment > 1 or (self.augment and latents):
             yield f"--augment {self.augment} is a probability, from 0 to 1, for pixels"
         if self.vae and not latents:
-            yield f"--vae {self.vae} is for latents, and this network generates pixels"
+            yield f"--vae {printable(self.vae, 300)} is for latents, and this network generates pixels"
         if self.micro_batch and self.batch_size % self.micro_batch:
             yield f"--micro-batch {self.micro_batch} does not divide --batch-size {self.batch_size}"
         for name in ("sample_kimg", "save_kimg"):  # files are named by whole thousands of images
@@ -434,7 +434,7 @@ class Config:
         if self.score_every and not self.score_ref:
             yield f"--score-every {self.score_every:g} needs --score-ref FILE, a reference"
         if self.score_ref and not self.score_every:
-            yield f"--score-ref {self.score_ref} needs --score-every KIMG"
+            yield f"--score-ref {printable(self.score_ref, 300)} needs --score-every KIMG"
 
     def sampling_conflicts(self):
         """The same for the fields of sampling."""

@@ -522,7 +522,7 @@ def refuse_another_run(theirs, their_data, cfg, our_data, path):
     """UserError if a run's Config or the fingerprint of its data (None: an earlier version, which
     had none) differ from ours."""
     differ = [
-        f"{name} is {getattr(theirs, name)!r} there and {value!r} here"
+        f"{name} is {configs.short(getattr(theirs, name))} there and {configs.short(value)} here"
         for name, value in dataclasses.asdict(cfg).items()
         if name not in MAY_CHANGE and value != getattr(theirs, name)
     ]
