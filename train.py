@@ -34,7 +34,7 @@ import data
 import diffit
 import diffusion
 import sample
-from configs import Config, Parser, UserError, on_rank_0, rank_and_size, say
+from configs import Config, Parser, UserError, on_rank_0, printable, rank_and_size, say
 
 # -------------------------------------------------------------------------------------------------
 # Gradients of all processes
@@ -522,7 +522,8 @@ def refuse_another_run(theirs, their_data, cfg, our_data, path):
     """UserError if a run's Config or the fingerprint of its data (None: an earlier version, which
     had none) differ from ours."""
     differ = [
-        f"{name} is {configs.short(getattr(theirs, name))} there and {configs.short(value)} here"
+        f"{name} is {printable(repr(getattr(theirs, name)), 60)} there and "
+        f"{printable(repr(value), 60)} here"
         for name, value in dataclasses.asdict(cfg).items()
         if name not in MAY_CHANGE and value != getattr(theirs, name)
     ]
