@@ -82,8 +82,10 @@ GROUPS = {
     "tick_kimg": "output and scores",
 }
 
+# What a network may be conditioned on: fields of which one at most is not 0.
+CONDITIONS = ["num_classes", "token_width", "set_depth"]
+
 # The networks (diffit.NETWORKS) by the fields that they take, and processes with a sigma.
-CONDITIONS = ["num_classes", "token_width", "set_depth"]  # fields of which one at most is not 0
 TRANSFORMERS = "diffit dit"
 UNETS = "unet ddpmpp"
 CONTINUOUS = "edm vp ve"

@@ -1502,9 +1502,10 @@ class ShuffledStream(torch.utils.data.Dataset):
         candidates = self.candidates(k)
         for i in itertools.islice(candidates, max_unreadable(len(self.dataset)) + 1):
             try:
-                if not np.isfinite(self.label(i)).all():
+                label = self.label(i)
+                if not np.isfinite(label).all():
                     raise UnreadableImage("its tokens are not finite")
-                return self.dataset.example(i, mirrored, rng), self.label(i), unreadable
+                return self.dataset.example(i, mirrored, rng), label, unreadable
             except (UnreadableImage, OSError) as error:
                 unreadable.append((self.dataset.name(i), first_line(error)))
         # The list ends the run: it is too long, or says that nothing is left of a class.

@@ -6205,18 +6205,23 @@ def test_sets_in_the_order_of_training():
         assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
+def broken_images(numbers):
+    """As long as it is entered, these images of an ImageArray cannot be read."""
+    read = data.ImageArray.read
+
+    def reads(self, i):
+        if i in numbers:
+            raise data.UnreadableImage("broken")
+        return read(self, i)
+
+    return patch.object(data.ImageArray, "read", reads)
+
+
 def test_an_unreadable_image_of_a_set_gives_way_to_one_of_its_class():
     labels = [0] * 7 + [1] * 400
     for broken in range(7):
         stream = identity_stream(labels)
-        read = data.ImageArray.read
-
-        def reads(self, i):
-            if i == broken:
-                raise data.UnreadableImage("broken")
-            return read(self, i)
-
-        with patch.object(data.ImageArray, "read", reads):
+        with broken_images([broken]):
             for first in range(0, 3 * stream.length, 3):
                 if stream[first][1] == 0:
                     found = [stream[place] for place in range(first, first + 3)]
@@ -6227,14 +6232,7 @@ def test_an_unreadable_image_of_a_set_gives_way_to_one_of_its_class():
 
 def test_a_class_without_a_readable_image_ends_the_run():
     stream = identity_stream([0] * 4 + [1] * 900)
-    read = data.ImageArray.read
-
-    def reads(self, i):
-        if i < 4:
-            raise data.UnreadableImage("broken")
-        return read(self, i)
-
-    with patch.object(data.ImageArray, "read", reads):
+    with broken_images(range(4)):
         first = next(p for p in range(0, stream.length, 3) if stream[p][1] == 0)
         with contextlib.redirect_stderr(io.StringIO()):
             counter = data.UnreadableImages(stream.dataset)
@@ -6246,14 +6244,7 @@ def test_damaged_images_of_a_set_are_listed_as_others_are():
     """Three of twenty, of a class that has two more: past 1 %, not a class without any."""
     labels = [0] * 5 + [1] * 15
     stream = identity_stream(labels)
-    read = data.ImageArray.read
-
-    def reads(self, i):
-        if i < 3:
-            raise data.UnreadableImage("broken")
-        return read(self, i)
-
-    with patch.object(data.ImageArray, "read", reads):
+    with broken_images(range(3)):
         bad = [pair for place in range(3 * stream.length) for pair in stream[place][2]]
     assert {name for name, _ in bad} == {"image 0", "image 1", "image 2"}, bad
 
