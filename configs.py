@@ -1080,14 +1080,21 @@ def default_device():
     return torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
 
 
+def to_device(x, device):
+    """x there; neither the program nor a GPU waits for the copy."""
+    if device.type == "cuda":
+        x = x.pin_memory()  # without it the copy would have to end first
+    return x.to(device, non_blocking=True)
+
+
 def has_float64(device):
     """Apple GPUs compute in fp32 at most."""
     return device.type != "mps"
 
 
 def join_processes():
-    """Under torchrun, join the other processes: NCCL on GPUs, gloo on CPUs. UserError if there are
-    more processes than GPUs, if the others do not connect, or if SLURM started several processes
+    """Under torchrun, join the other processes: NCCL for tensors on GPUs, gloo for those on CPUs,
+    which no GPU has to wait for. UserError if there are more processes than GPUs, if the others do not connect, or if SLURM started several processes
     that do not know of one another."""
     refuse_strangers()
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -1105,7 +1112,8 @@ def join_processes():
             )
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:  # DistError is a RuntimeError
         raise UserError(
             f"rendezvous failed: rank {os.environ.get('RANK')} of {os.environ['WORLD_SIZE']} could "

@@ -17,6 +17,7 @@ import collections
 import colorsys
 import contextlib
 import errno
+import functools
 import gzip
 import hashlib
 import io
@@ -59,6 +60,7 @@ from configs import (
     run_command,
     say,
     short,
+    to_device,
     start_worker,
     worker_count,
     write_text,
@@ -1550,7 +1552,7 @@ class ShuffledStream(torch.utils.data.Dataset):
         return np.int64(-1 if self.dataset.labels is None else self.dataset.labels[i])
 
 
-def loader(dataset, batches, workers, pin_memory=False):
+def loader(dataset, batches, workers):
     """Over `batches`, an iterable of lists of places: examples (b, C, H, W), labels (b,) or tokens
     (b, M, E), unreadable. Workers send numpy arrays, through a pipe: tensors would need room in
     /dev/shm, of which a container may have very little."""
@@ -1564,8 +1566,7 @@ def loader(dataset, batches, workers, pin_memory=False):
         prefetch_factor=4 if workers else None,
     )
     for examples, labels, unreadable in batches:
-        examples, labels = torch.from_numpy(examples), torch.from_numpy(labels)
-        yield examples.pin_memory() if pin_memory else examples, labels, unreadable
+        yield torch.from_numpy(examples), torch.from_numpy(labels), unreadable
 
 
 def collate(items):
@@ -1658,20 +1659,20 @@ def augment(x, p):
     cos - 1 and sin of the rotation, n of the stretch times cos and sin of its axis, n of the shift.
     """
     B = len(x)
-    device = x.device
 
+    # Drawn on the CPU, which must know how far the images move, and need not ask the GPU.
     def sometimes(values, probability=p):
-        drawn = torch.rand(B, device=device) < probability
+        drawn = torch.rand(B) < probability
         return torch.where(drawn.view(-1, *[1] * (values.dim() - 1)), values, 0)
 
     def normal(*shape):
-        return torch.randn(B, *shape, device=device, dtype=x.dtype)
+        return torch.randn(B, *shape, dtype=x.dtype)
 
     def angle():
-        return (torch.rand(B, device=device, dtype=x.dtype) * 2 - 1) * math.pi
+        return (torch.rand(B, dtype=x.dtype) * 2 - 1) * math.pi
 
-    flip_x = sometimes(torch.randint(2, (B,), device=device), p * 1e8)  # always, unless p is 0
-    flip_y = sometimes(torch.randint(2, (B,), device=device))
+    flip_x = sometimes(torch.randint(2, (B,)), p * 1e8)  # always, unless p is 0
+    flip_y = sometimes(torch.randint(2, (B,)))
     size = sometimes(normal())  # (B,), as are the others
     turn = sometimes(angle())
     stretch = sometimes(normal())
@@ -1685,7 +1686,7 @@ def augment(x, p):
     x = transform(x, flip_x, flip_y, matrix, 0.125 * x.shape[-1] * shift)
     labels = [flip_x, flip_y, size, turn.cos() - 1, turn.sin()]
     labels += [stretch * axis.cos(), stretch * axis.sin(), *shift.unbind(1)]
-    return x, torch.stack(labels, 1).to(x.dtype)
+    return x, to_device(torch.stack(labels, 1).to(x.dtype), x.device)
 
 
 def rotation(angle):
@@ -1697,13 +1698,22 @@ def rotation(angle):
 def transform(x, flip_x, flip_y, matrix, shift):
     """Mirror (B,) where set, then move: position v, in pixels from the middle, x before y, shows
     what was at matrix (B, 2, 2) times (v - shift (B, 2)). x (B, C, S, S), reflected at its borders;
-    sampled at twice the resolution, as a bilinear warp blurs and aliases."""
-    x = torch.where(flip_x.bool().view(-1, 1, 1, 1), x.flip(3), x)
-    x = torch.where(flip_y.bool().view(-1, 1, 1, 1), x.flip(2), x)
+    sampled at twice the resolution, as a bilinear warp blurs and aliases. All but x lie on the
+    CPU."""
+    flip_x, flip_y = [
+        to_device(flip.bool().view(-1, 1, 1, 1), x.device) for flip in (flip_x, flip_y)
+    ]
+    x = torch.where(flip_x, x.flip(3), x)
+    x = torch.where(flip_y, x.flip(2), x)
     if not shift.any() and torch.equal(matrix, torch.eye(2).to(matrix).expand_as(matrix)):
         return x
-    u = warp_sources(x, matrix, shift)  # (B, 2S + 10, 2S + 10, 2)
-    x = upsample(pad_to_reach(x, u))  # (B, C, 2S' + 10, 2S' + 10), S' = S + twice the padding
+    side = 2 * x.shape[-1] + TAPS - 2  # of what downsample needs
+    v = torch.arange(side, dtype=x.dtype) - (side - 1) / 2 + OFF_CENTRE
+    # The map is linear, so the corners are taken from farthest away.
+    reach = warp_sources(v[[0, -1]], matrix, shift).abs().max().item()
+    v, matrix, shift = [to_device(values, x.device) for values in (v, matrix, shift)]
+    u = warp_sources(v, matrix, shift)  # (B, 2S + 10, 2S + 10, 2)
+    x = upsample(pad_to_reach(x, reach))  # (B, C, 2S' + 10, 2S' + 10), S' = S + twice the padding
     x = warp(x, u)  # (B, C, 2S + 10, 2S + 10)
     return downsample(x)  # (B, C, S, S)
 
@@ -1731,7 +1741,13 @@ OFF_CENTRE = (TAPS - 1) / 2 - sum(k * tap for k, tap in enumerate(SYM6)) / sum(S
 
 def sym6(x):
     """The filter for each channel of x (B, C, H, W), along its width: (C, 1, 1, 12)."""
-    return torch.tensor(SYM6, dtype=x.dtype, device=x.device).expand(x.shape[1], 1, 1, TAPS)
+    return sym6_on(x.device, x.dtype).expand(x.shape[1], 1, 1, TAPS)
+
+
+@functools.lru_cache
+def sym6_on(device, dtype):
+    """(12,), copied to the device once."""
+    return torch.tensor(SYM6, dtype=dtype).to(device)
 
 
 def upsample(x):
@@ -1746,20 +1762,19 @@ def downsample(x):
     return F.conv2d(x, sym6(x).mT, stride=(2, 1), groups=x.shape[1])
 
 
-def warp_sources(x, matrix, shift):
-    """For each sample that downsample needs, the one it is taken from: (B, 2S + 10, 2S + 10, 2),
-    in samples of twice the resolution from the middle, x before y."""
-    side = 2 * x.shape[-1] + TAPS - 2
-    v = torch.arange(side, dtype=x.dtype, device=x.device) - (side - 1) / 2 + OFF_CENTRE
-    v = torch.stack(torch.meshgrid(v, v, indexing="xy"), -1).view(1, -1, 2)  # (1, side^2, 2)
-    u = (v - 2 * shift[:, None]) @ matrix.mT
-    return u.view(-1, side, side, 2)
+def warp_sources(v, matrix, shift):
+    """The samples that those of the rows and columns v (n,) are taken from: (B, n, n, 2). Both are
+    counted at twice the resolution from the middle, x before y."""
+    both = torch.stack(torch.meshgrid(v, v, indexing="xy"), -1).view(1, -1, 2)  # (1, n^2, 2)
+    u = (both - 2 * shift[:, None]) @ matrix.mT
+    return u.view(-1, len(v), len(v), 2)
 
 
-def pad_to_reach(x, u):
-    """Reflect x (B, C, S, S) at its borders as far as u goes, and the filter around it."""
+def pad_to_reach(x, reach):
+    """Reflect x (B, C, S, S) at its borders as far as samples are taken from, counted as in
+    warp_sources, and the filter around them."""
     S = x.shape[-1]
-    beyond = u.abs().max().item() - (u.shape[1] - 1) / 2  # in samples
+    beyond = reach - (2 * S + TAPS - 3) / 2  # in samples
     margin = math.ceil(beyond / 2) + (TAPS - 2) // 2  # in pixels
     margin = min(max(margin, 0), S - 1)  # F.pad reflects no further
     return F.pad(x, [margin] * 4, mode="reflect")

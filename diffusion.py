@@ -12,12 +12,13 @@ everything below needs only these methods of a process (and heun's churn that a 
     prior(noise, level)   the x from which sampling starts
     predict(f, x, level)  the clean image and the noise that the network sees in x, and where the
                           variance of a random step lies (0: beta-tilde, 1: beta)
-    noise_level(t)        sigma = s / a, from the t that the network sees
+    noise_level(t)        sigma = s / a, from the number t that the network sees
 
 f(x, t) is the network with its labels bound (`guided` below, or a lambda); t is what it sees of the
-level: the timestep itself, or c_noise. Samplers step from each level of their list to the next one
-in it, and from the last one to the clean image. Their coefficients are Python floats, computed in
-float64; those of losses and of EDM are tensors in the dtype of the images.
+level: the timestep itself, or c_noise, in a loss (B,), in a sampler one number for all images.
+Samplers step from each level of their list to the next one in it, and from the last one to the
+clean image. Their coefficients are Python floats, computed in float64, so that no step of theirs
+waits for the device or copies to it; those of losses are tensors in the dtype of the images.
 """
 
 import math
@@ -27,9 +28,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs import UserError, has_float64
+from configs import UserError
 
-Predictor = Callable[[Tensor, Tensor], Tensor]  # f(x, t)
+Predictor = Callable[[Tensor, Tensor | int | float], Tensor]  # f(x, t)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -52,6 +53,8 @@ class Diffusion:
         self.variance = variance
         betas = betas_of(schedule, T)
         self.abar = np.cumprod(1 - betas)
+        self.a = np.sqrt(self.abar)
+        self.s = np.sqrt(1 - self.abar)
         previous = np.append(1.0, self.abar[:-1])                       # abar of the step before
         posterior = betas * (1 - previous) / (1 - self.abar)            # beta-tilde, DDPM eq. 7
         # beta-tilde is 0 at t = 0, which has no logarithm; the next one stands in, as in iDDPM.
@@ -60,6 +63,7 @@ class Diffusion:
         # The posterior mean is x0_coef x_0 + xt_coef x_t (DDPM eq. 7).
         self.x0_coef = betas * np.sqrt(previous) / (1 - self.abar)
         self.xt_coef = (1 - previous) * np.sqrt(1 - betas) / (1 - self.abar)
+        self.copies = {}                                                # of these, for `at`
 
     # ---- training
 
@@ -72,8 +76,8 @@ class Diffusion:
         the learned variance, in bits per dimension; the VLB sends no gradient to the mean (iDDPM
         Sec. 3.1). Without learned variance there is no "vlb"."""
         noise = torch.randn_like(x0) if noise is None else noise
-        a = self.at(np.sqrt(self.abar), t, x0)                          # (B, 1, 1, 1)
-        s = self.at(np.sqrt(1 - self.abar), t, x0)
+        a = self.at("a", t, x0)                                         # (B, 1, 1, 1)
+        s = self.at("s", t, x0)
         xt = a * x0 + s * noise
         # In the precision of x0, whatever the network computes in.
         eps, variance_mix = self.split(f(xt, t).to(x0.dtype), x0.shape[1])
@@ -87,14 +91,14 @@ class Diffusion:
         """One term of the variational bound, in bits per dimension (B,): KL(q || p) for the step
         x_t -> x_t-1, or at t = 0 the negative log-likelihood of the image under the discretised
         Gaussian (DDPM eqs. 5, 13). q knows x_0, p is what the network predicts."""
-        a = self.at(np.sqrt(self.abar), t, xt)
-        s = self.at(np.sqrt(1 - self.abar), t, xt)
-        x0_coef = self.at(self.x0_coef, t, xt)
-        xt_coef = self.at(self.xt_coef, t, xt)
+        a = self.at("a", t, xt)
+        s = self.at("s", t, xt)
+        x0_coef = self.at("x0_coef", t, xt)
+        xt_coef = self.at("xt_coef", t, xt)
         mean = x0_coef * ((xt - s * eps) / a) + xt_coef * xt            # of p
         true = x0_coef * x0 + xt_coef * xt                              # of q
-        low = self.at(self.log_posterior, t, xt)                        # log variance of q
-        high = self.at(self.log_beta, t, xt)
+        low = self.at("log_posterior", t, xt)                           # log variance of q
+        high = self.at("log_beta", t, xt)
         logvar = low + variance_mix * (high - low)                      # of p, iDDPM eq. 15
         kl = 0.5 * (logvar - low - 1 + (low - logvar).exp() + (true - mean) ** 2 * (-logvar).exp())
         nll = -discretized_gaussian_log_likelihood(x0, mean, 0.5 * logvar)
@@ -110,22 +114,21 @@ class Diffusion:
         """(a, s) of x = a x0 + s eps at this timestep; None is the clean image."""
         if level is None:
             return 1.0, 0.0
-        return math.sqrt(self.abar[level]), math.sqrt(1 - self.abar[level])
+        return float(self.a[level]), float(self.s[level])
 
     def prior(self, noise, level):
         """Where sampling starts: unit noise (abar_T is almost 0)."""
         return noise
 
     def noise_level(self, t):
-        """sigma = s / a (B,) at timesteps t (B,)."""
-        return self.at(np.sqrt(1 / self.abar - 1), t, torch.empty(len(t), device=t.device))
+        """sigma = s / a at timestep t."""
+        return float(self.s[t] / self.a[t])
 
     def predict(self, f, x, level, clip=False):
         """-> x0, eps, and where the variance of a step lies, in log, between beta-tilde (0) and
         beta (1). With clip, x0 is kept in [-1, 1], and eps is what then remains of x."""
         a, s = self.scales(level)
-        t = torch.full((len(x),), level, device=x.device)
-        eps, variance_mix = self.split(f(x, t).to(x.dtype), x.shape[1])
+        eps, variance_mix = self.split(f(x, level).to(x.dtype), x.shape[1])
         x0 = (x - s * eps) / a
         if clip:
             x0 = x0.clamp(-1, 1)
@@ -148,11 +151,14 @@ class Diffusion:
             return out[:, :C], (out[:, C:] + 1) / 2                     # -1..1 -> 0..1
         return out, float(self.variance == "large")
 
-    @staticmethod
-    def at(table, t, x):
-        """table (T,) at t (B,), shaped and typed to multiply x (B, ...)."""
-        values = torch.as_tensor(table, dtype=x.dtype).to(x.device)[t]  # (B,)
-        return values.view(-1, *[1] * (x.dim() - 1))
+    def at(self, name, t, x):
+        """The table (T,) of this name at t (B,), shaped and typed to multiply x (B, ...). It is
+        copied to the device once."""
+        key = name, x.dtype, x.device
+        if key not in self.copies:
+            table = torch.from_numpy(getattr(self, name)).to(x.dtype)   # before: not all have float64
+            self.copies[key] = table.to(x.device)
+        return self.copies[key][t].view(-1, *[1] * (x.dim() - 1))
 
 
 def betas_of(schedule, T):
@@ -235,8 +241,8 @@ class EDM:
         return sd**2 / norm**2, sigma * sd / norm, 1 / norm, sigma.log() / 4
 
     def noise_level(self, t):
-        """sigma (B,) from c_noise, the t that the network sees."""
-        return (4 * t).exp()
+        """sigma from c_noise, the t that the network sees."""
+        return math.exp(4 * t)
 
     def weight(self, sigma):
         """Of the squared error of D, in the loss: 1 / c_out^2."""
@@ -258,9 +264,14 @@ class EDM:
         return {"loss": self.weight(sigma) * mse, "mse": mse}
 
     def denoise(self, f, x, sigma):
-        """D(x; sigma): x (B, C, H, W), sigma (B,) -> (B, C, H, W)."""
-        c_skip, c_out, c_in, c_noise = self.coefficients(sigma.view(-1, 1, 1, 1))
-        return c_skip * x + c_out * f(c_in * x, c_noise.flatten()).to(x.dtype)
+        """D(x; sigma): x (B, C, H, W), sigma (B,) or a number -> (B, C, H, W)."""
+        if isinstance(sigma, Tensor):
+            c_skip, c_out, c_in, c_noise = self.coefficients(sigma.view(-1, 1, 1, 1))
+            c_noise = c_noise.flatten()
+        else:
+            level = torch.tensor(sigma, dtype=torch.float64)
+            c_skip, c_out, c_in, c_noise = [c.item() for c in self.coefficients(level)]
+        return c_skip * x + c_out * f(c_in * x, c_noise).to(x.dtype)
 
     # ---- sampling
 
@@ -285,8 +296,7 @@ class EDM:
     def predict(self, f, x, level, clip=False):
         """-> x0, eps, and 0: the variance of a random step is beta-tilde. With clip, x0 is kept in
         [-1, 1], and eps is what then remains of x."""
-        sigma = torch.full((len(x),), level, dtype=x.dtype, device=x.device)
-        x0 = self.denoise(f, x, sigma)
+        x0 = self.denoise(f, x, level)
         x0 = x0.clamp(-1, 1) if clip else x0
         return x0, (x - x0) / level, 0.0
 
@@ -300,7 +310,7 @@ class VP(EDM):
         return one, -sigma, 1 / (sigma**2 + 1).sqrt(), 999 * self.time(sigma)
 
     def noise_level(self, t):
-        return self.sigma(t / 999)
+        return self.sigma(torch.tensor(t / 999, dtype=torch.float64)).item()
 
     def weight(self, sigma):
         return 1 / sigma**2
@@ -330,7 +340,7 @@ class VE(EDM):
         return one, sigma, one, (sigma / 2).log()
 
     def noise_level(self, t):
-        return 2 * t.exp()
+        return 2 * math.exp(t)
 
     def weight(self, sigma):
         return 1 / sigma**2
@@ -348,19 +358,18 @@ SCALE_TOLERANCE = 0.01  # scales this near to 1 count as 1
 def guided(
     model,
     y: Tensor | None,
-    scale: float | Callable[[Tensor], Tensor] = 1.0,
+    scale: float | Callable[[int | float], float] = 1.0,
     channels: int | None = None,
     exact: bool = False,
 ) -> Predictor:
     """Classifier-free guidance (Ho & Salimans 2022, whose w is s - 1): eps_null + s (eps_y -
     eps_null), both halves in one call. For EDM the same mix applies to F, since D is affine in F.
-    model(x, t, y), y (B,) labels, (B, M, E) tokens or None -> f(x, t).
+    model(x, t, y), y (B,) labels, (B, M, E) tokens or None -> f(x, t), t a number.
 
-    scale: a number, or a function of t (B,) such as `power_cosine` or `interval`. Where it is no
-    further from 1 than SCALE_TOLERANCE for the whole batch (with exact: where it is 1), the null
-    half is not run. channels: the number of leading channels that are guided (3 in the published
-    DiT and DiffiT); the others, and the variance, come from the conditional half. UserError if a
-    scale other than 1 has no y.
+    scale: a number, or a function of t such as `power_cosine` or `interval`. Where it is no further
+    from 1 than SCALE_TOLERANCE (with exact: where it is 1), the null half is not run. channels: the
+    number of leading channels that are guided (3 in the published DiT and DiffiT); the others, and
+    the variance, come from the conditional half. UserError if a scale other than 1 has no y.
     """
     if y is None and scale != 1.0:
         raise UserError("guidance needs a y (class labels, tokens), and got none; use a scale of 1")
@@ -368,47 +377,36 @@ def guided(
     tolerance = 0 if exact else SCALE_TOLERANCE
 
     def f(x, t):
-        s = scale_at(scale, t).to(x)                                    # () or (B,)
-        if y is None or bool(((s - 1).abs() <= tolerance).all()):
-            return model(x, t, y)
+        s = scale_at(scale, t)
+        times = torch.full((len(x),), t, device=x.device)
+        if y is None or abs(s - 1) <= tolerance:
+            return model(x, times, y)
         null = model.y_embedder.null(y.shape)
         # One call of twice the batch is faster than two calls.
-        both = model(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, null]))
+        both = model(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([y, null]))
         cond, uncond = both.chunk(2)                                    # each (B, C or 2C, H, W)
         k = channels or x.shape[1]
-        eps = uncond[:, :k] + s.view(-1, 1, 1, 1) * (cond[:, :k] - uncond[:, :k])
+        eps = uncond[:, :k] + s * (cond[:, :k] - uncond[:, :k])
         return torch.cat([eps, cond[:, k:]], dim=1)
 
     return f
 
 
 def scale_at(scale, t):
-    """A number, or a function of t (B,), as a tensor."""
-    return torch.as_tensor(scale(t) if callable(scale) else scale, device=t.device)
+    """A number, or a function of t."""
+    return scale(t) if callable(scale) else scale
 
 
 def power_cosine(scale, T=1000, power=4.0):
     """The guidance of DiffiT-256: from 1 at t = T up to `scale` at t = 0, s(t) = 1 + (scale - 1)
     (1 - cos(pi (1 - t/T)^power)) / 2, t the original timestep."""
-
-    def at(t):
-        where = t.device if has_float64(t.device) else torch.device("cpu")
-        angle = math.pi * (1 - t.to(where).double() / T) ** power
-        s = 1 + (scale - 1) * (1 - torch.cos(angle)) / 2
-        return s if where == t.device else s.float().to(t.device)
-
-    return at
+    return lambda t: 1 + (scale - 1) * (1 - math.cos(math.pi * (1 - t / T) ** power)) / 2
 
 
 def interval(scale, low, high, process):
     """Guidance only at noise levels low <= sigma <= high (Kynkaanniemi et al. 2024). scale: a
     number, or a function of t."""
-
-    def inside(t):
-        sigma = process.noise_level(t)
-        return torch.where((low <= sigma) & (sigma <= high), scale_at(scale, t), 1.0)
-
-    return inside
+    return lambda t: scale_at(scale, t) if low <= process.noise_level(t) <= high else 1.0
 
 
 # -------------------------------------------------------------------------------------------------
@@ -548,12 +546,11 @@ class LossAwareTimesteps:
         p = (self.losses**2).mean(1).sqrt()
         return (1 - self.uniform_prob) * p / p.sum() + self.uniform_prob / self.T
 
-    def sample(self, B: int, device="cpu") -> tuple[Tensor, Tensor]:
-        """-> timesteps (B,) and importance weights (B,) on device."""
+    def sample(self, B: int) -> tuple[Tensor, Tensor]:
+        """-> timesteps (B,) and importance weights (B,), on the CPU, as the tables are."""
         p = self.probabilities()
-        # Drawn on the CPU, as the tables are.
         t = torch.multinomial(p, B, replacement=True)
-        return t.to(device), (1 / (self.T * p[t])).float().to(device)
+        return t, (1 / (self.T * p[t])).float()
 
     def update(self, t: Tensor, losses: Tensor):
         """Remember the unweighted losses (B,) of timesteps t (B,). Every rank must pass the losses

@@ -375,7 +375,7 @@ def generate(
 
         def noise():  # (b, C, H, W): the next of each image's own
             x = [torch.randn(shape, generator=generator) for generator in generators]
-            return torch.stack(x).to(device)
+            return configs.to_device(torch.stack(x), device)
 
         # The prior and every random step draw from these, image by image.
         y = shown.y(model, chunk, seed)

@@ -221,11 +221,11 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         # From here on all processes hold the same numbers, and so take the same decisions.
         norms = self.gradient_norms()
-        finite = bool(norms[0].isfinite())
+        finite = bool(norms[0].isfinite())  # here, and nowhere else in a step, we wait for the GPU
         if finite:
-            self.update(step, norms[0])
             if self.timesteps:
                 self.timesteps.update(columns["t"].long(), columns["loss"])
+            self.update(step, norms[0])
         elif cfg.nonfinite_grads == "zero":  # EDM
             for p in self.parameters:
                 torch.nan_to_num_(p.grad, 0.0, 0.0, 0.0)
@@ -248,8 +248,8 @@ class Trainer:
         """Forward and backward pass of micro-batch k of a step -> its columns, (b,) each.
         x (b, C, H, W) uint8 or latents, y (b,) or (b, M, E)."""
         cfg = self.cfg
-        x = data.to_network(x.to(self.device, non_blocking=True))  # pixels in [-1, 1]
-        y = y.to(self.device, non_blocking=True) if cfg.takes_y else None
+        x = data.to_network(configs.to_device(x, self.device))  # pixels in [-1, 1]
+        y = configs.to_device(y, self.device) if cfg.takes_y else None
         # Noise, timesteps and dropped labels: the same whichever process has this micro-batch.
         torch.manual_seed(configs.seed_from(cfg.seed, step, k))
         t, weight = self.draw_noise_levels(len(x))
@@ -284,7 +284,8 @@ class Trainer:
         weights of their losses."""
         n = self.cfg.set_size or 1
         if self.timesteps:
-            t, weight = self.timesteps.sample(b // n, self.device)
+            drawn = self.timesteps.sample(b // n)
+            t, weight = [configs.to_device(x, self.device) for x in drawn]
         else:
             t = self.process.draw(b // n, self.device)
             weight = torch.ones(b // n, device=self.device)
@@ -956,8 +957,7 @@ def open_loader(dataset, cfg, trainer, first_step):
         for k in trainer.mine
     )
     stream = data.ShuffledStream(dataset, cfg.seed, cfg.xflip, cfg.set_size, cfg.holdout)
-    pin_memory = trainer.device.type == "cuda"
-    return TimedLoader(data.loader(stream, places, cfg.workers, pin_memory))
+    return TimedLoader(data.loader(stream, places, cfg.workers))
 
 
 MINUTES = 60  # in seconds
@@ -987,14 +987,14 @@ class Clock:
         self.save_at = time.monotonic() + 15 * MINUTES
 
 
-def sync_status(stop, device, unreadable=(), due=()):
+def sync_status(stop, unreadable=(), due=()):
     """-> the signal that any process received (or 0), the images that any could not read, and of
     the truth values in `due` which are true in any; the same in all processes."""
     if rank_and_size()[1] == 1:
         return stop.number, unreadable, due
     # One small tensor in each step; the list itself only in the few steps that have one.
     status = torch.tensor([[stop.number], [len(unreadable)], *([value] for value in due)])
-    numbers, counts, *due = configs.all_gather(status.to(device))
+    numbers, counts, *due = configs.all_gather(status)
     if counts.any():
         unreadable = sum(configs.all_gather_object(list(unreadable)), [])
     return int(numbers.max()), unreadable, [bool(values.any()) for values in due]
@@ -1089,9 +1089,7 @@ def loop(cfg, dataset, out, trainer, progress, vae, shown, scores, start, stop):
         began = time.time()
         columns, norms = trainer.step(step, loader, tick_due)
         waited, unreadable = loader.collect()
-        signalled, unreadable, (grid_due, save_due) = sync_status(
-            stop, trainer.device, unreadable, clock.due()
-        )
+        signalled, unreadable, (grid_due, save_due) = sync_status(stop, unreadable, clock.due())
         progress.add(columns, norms, unreadable, time.time() - began, waited)
         refuse_divergence(cfg, out, progress, step)
 
@@ -1238,7 +1236,7 @@ class SampleScores:
         rank, size = rank_and_size()
         batch = min(64, self.trainer.micro)
         for first in range(0, cfg.score_n, size * batch):  # as often in each process
-            signalled, *_ = sync_status(stop, self.trainer.device)
+            signalled, *_ = sync_status(stop)
             if signalled:
                 raise Stopped(signalled)
             indices = range(cfg.score_n)[first + rank * batch : first + (rank + 1) * batch]
