@@ -242,6 +242,13 @@ class Config:
         choices="small large",
         only="ddpm",
     )
+    spacing: str = option(
+        "auto",
+        "of the timesteps that a sampler visits; quadratic: more of those with little noise; auto: "
+        "quadratic for dpmpp, else even, as published",
+        choices="auto even quadratic",
+        only="ddpm",
+    )
     sigma_data: float = option(0.5, "standard deviation of the data", only="edm", positive=True)
     p_mean: float = option(-1.2, "mean of ln sigma in training", only="edm", signed=True)
     p_std: float = option(
@@ -288,6 +295,12 @@ class Config:
     lr_decay: str = option("constant", "cosine: decays to 0 at the end", choices="constant cosine")
     beta2: float = option(0.999, "Adam's second beta; the first is 0.9, eps 1e-8")
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay")
+    loss_reduction: str = option(
+        "mean",
+        "of an image's pixels; sum: as in EDM, whose gradients have that scale beside Adam's eps "
+        "(the log has means)",
+        choices="mean sum",
+    )
     grad_clip: float = option(0.0, "largest norm of the gradient; 0: no limit")
     nonfinite_grads: str = option(
         "skip",
@@ -474,7 +487,7 @@ class Config:
 # The fields that sampling depends on: sample.py takes them as flags, over those of the checkpoint.
 SAMPLING = [
     "sampler", "sampling_steps", "eta", "churn", "churn_interval", "churn_noise", "clip_denoised",
-    "sigma_min", "sigma_max", "rho", "cfg_scale", "cfg_schedule", "cfg_channels", "cfg_interval",
+    "spacing", "sigma_min", "sigma_max", "rho", "cfg_scale", "cfg_schedule", "cfg_channels", "cfg_interval",
     "cfg_exact", "vae", "precision",
 ]  # fmt: skip
 
@@ -598,7 +611,7 @@ preset(
 # Blocks per resolution: S.2 and H.1 say 4; I.1 says 1,2,2,2 and 2. Heads: not given, 4 here.
 EDM_UNET = dict(
     model="unet", process="edm", sampler="heun", lr_rampup_kimg=10_000, ema_halflife_kimg=500,
-    nonfinite_grads="zero", workers=4, tick_kimg=50, sample_kimg=1000, save_kimg=5000,
+    loss_reduction="sum", nonfinite_grads="zero", workers=4, tick_kimg=50, sample_kimg=1000, save_kimg=5000,
 )  # fmt: skip
 cifar10 = dict(
     EDM_UNET, input_size=32, channels=(128, 256, 256), blocks=(2, 2, 2), window=4,

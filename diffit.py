@@ -70,8 +70,16 @@ class TimestepEmbedder(nn.Module):
         return torch.exp(torch.arange(half, device=device) * (-math.log(10000) / half))
 
 
+class DDPMppEmbedder(TimestepEmbedder):
+    """The same with frequencies from 1 to 1 / 10000, both ends included, as DDPM++ has them."""
+
+    def frequencies(self, device):
+        half = self.sinusoids // 2
+        return torch.exp(torch.arange(half, device=device) * (-math.log(10000) / (half - 1)))
+
+
 class FourierEmbedder(TimestepEmbedder):
-    """The same with random, fixed frequencies (Tancik et al. 2020; DiffiT Table 8): normal, of
+    """TimestepEmbedder with random, fixed frequencies (Tancik et al. 2020; DiffiT Table 8): normal, of
     standard deviation 16, as in EDM for ln(sigma) / 4."""
 
     def __init__(self, dim, sinusoids=256):
@@ -465,6 +473,7 @@ class Network(nn.Module):
     they add up to, and the way that weights start."""
 
     class_names = ()                                                    # where they are known
+    time_embedder = TimestepEmbedder
 
     def add_condition(
         self,
@@ -488,7 +497,7 @@ class Network(nn.Module):
         some networks make others first.
         """
         embedders = {
-            "positional": TimestepEmbedder,
+            "positional": self.time_embedder,
             "fourier": FourierEmbedder,
             "none": NoEmbedder,
         }
@@ -1251,6 +1260,8 @@ class DDPMpp(Network):
     """DDPM++ (Song et al. 2021): a U-Net with self-attention at 16 x 16 and in the middle, its own
     (time_in "none") or TMSA ("qkv"). channels, blocks: as in DiffiTUNet; the decoder has one block
     more at each resolution. UserError if the sizes do not divide."""
+
+    time_embedder = DDPMppEmbedder
 
     def __init__(
         self,

@@ -42,15 +42,24 @@ class Diffusion:
 
     schedule: "linear" (betas 1e-4..0.02 at T = 1000, scaled for other T) or "cosine" (iDDPM eq.
     17). variance: "learned" (the network's second C channels interpolate, in log, between
-    beta-tilde and beta; iDDPM eq. 15), or fixed: "small" (beta-tilde) or "large" (beta). UserError
-    for other names.
+    beta-tilde and beta; iDDPM eq. 15), or fixed: "small" (beta-tilde) or "large" (beta). spacing:
+    of the timesteps that a sampler visits, "even" or "quadratic". UserError for other names.
     """
 
-    def __init__(self, T: int = 1000, schedule: str = "linear", variance: str = "learned"):
+    def __init__(
+        self,
+        T: int = 1000,
+        schedule: str = "linear",
+        variance: str = "learned",
+        spacing: str = "even",
+    ):
         if variance not in ("learned", "small", "large"):
             raise UserError(f"unknown variance {variance!r}; choose learned, small or large")
+        if spacing not in ("even", "quadratic"):
+            raise UserError(f"unknown spacing {spacing!r}; choose even or quadratic")
         self.T = T
         self.variance = variance
+        self.spacing = spacing
         betas = betas_of(schedule, T)
         self.abar = np.cumprod(1 - betas)
         self.a = np.sqrt(self.abar)
@@ -108,7 +117,12 @@ class Diffusion:
 
     def levels(self, n: int) -> list[int]:
         """The n timesteps that a sampler visits, from noise to clean."""
-        return spaced(self.T, n)[::-1]
+        times = spaced(self.T, n)
+        if self.spacing == "quadratic":
+            # Denser towards the clean image, where sigma changes most from one timestep to the next
+            # (DDIM, App. D.2); max keeps them apart.
+            times = [max(i, round(t**2 / (self.T - 1))) for i, t in enumerate(times)]
+        return times[::-1]
 
     def scales(self, level):
         """(a, s) of x = a x0 + s eps at this timestep; None is the clean image."""
@@ -508,7 +522,10 @@ def heun(
 @torch.no_grad()
 def dpmpp(process, f: Predictor, x: Tensor, levels: list, *, clip=False, watch=None) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, alg. 2): second order by remembering the last x0, one call
-    a step; first order in the first step and in the last, which goes to s = 0."""
+    a step; first order in the first step and in the last, which goes to s = 0. A step far longer
+    than the last one extrapolates less than theirs does, and so does not overshoot: on linear
+    timesteps the one to t = 0 is six times as long in log-SNR, and with 10 to 40 steps the error
+    would be four to eight times as large."""
     last, last_h = None, None
     for level, a, s, a_next, s_next in steps(process, levels):
         if watch:
@@ -517,8 +534,9 @@ def dpmpp(process, f: Predictor, x: Tensor, levels: list, *, clip=False, watch=N
         if s_next == 0:
             return a_next * x0
         h = math.log(a_next / s_next) - math.log(a / s)                 # in log signal-to-noise
-        # x0 half a step ahead, extrapolated from this one and the last.
-        D = x0 if last is None else x0 + h / last_h / 2 * (x0 - last)
+        # x0 half a step ahead, extrapolated from this one and the last, but no further than half of
+        # the last step.
+        D = x0 if last is None else x0 + min(h / last_h, 1) / 2 * (x0 - last)
         x = s_next / s * x - a_next * math.expm1(-h) * D
         last, last_h = x0, h
 
@@ -576,6 +594,9 @@ def build(cfg) -> Diffusion | EDM:
     """The process that a configs.Config describes (no other part of this file knows Config)."""
     if cfg.process == "ddpm":
         variance = "learned" if cfg.learn_sigma else cfg.fixed_variance
-        return Diffusion(cfg.diffusion_steps, cfg.schedule, variance)
+        spacing = cfg.spacing
+        if spacing == "auto":
+            spacing = "quadratic" if cfg.sampler == "dpmpp" else "even"
+        return Diffusion(cfg.diffusion_steps, cfg.schedule, variance, spacing)
     process = {"edm": EDM, "vp": VP, "ve": VE}[cfg.process]
     return process(cfg.sigma_data, cfg.p_mean, cfg.p_std, cfg.sigma_min, cfg.sigma_max, cfg.rho)

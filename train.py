@@ -272,6 +272,8 @@ class Trainer:
             self.averager.start()
         # Divided by the whole batch: gradients of micro-batches and processes just add up.
         loss = (weight * losses["loss"]).sum() / cfg.batch_size
+        if cfg.loss_reduction == "sum":
+            loss = loss * x[0].numel()
         self.scaler.scale(loss).backward()
         columns = {"t": t, "weight": weight}
         columns |= {name: value.detach() for name, value in losses.items()}
