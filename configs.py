@@ -88,7 +88,8 @@ CONDITIONS = ["num_classes", "token_width", "set_depth"]
 # The networks (diffit.NETWORKS) by the fields that they take, and processes with a sigma.
 TRANSFORMERS = "diffit dit"
 UNETS = "unet ddpmpp"
-CONTINUOUS = "edm vp ve"
+EDMS = "edm edm-x0"
+CONTINUOUS = f"{EDMS} vp ve"
 
 
 def applies(field, model, process):
@@ -199,7 +200,10 @@ class Config:
         most=1000,
     )
     patch_size: int = option(
-        0, "side of a token in pixels or latents", only=TRANSFORMERS, positive=True, most=2**14
+        0,
+        "side of a token in pixels or latents (unet: by default 1)",
+        only=f"{TRANSFORMERS} unet",
+        most=2**14,
     )
     hidden_size: int = option(
         0, "width of the tokens", only=TRANSFORMERS, positive=True, most=2**16
@@ -226,8 +230,9 @@ class Config:
     # Process
     process: str = option(
         "ddpm",
-        "ddpm: discrete timesteps; edm: Karras et al. 2022; vp, ve: Song et al. 2021's SDEs",
-        choices="ddpm edm vp ve",
+        "ddpm: discrete timesteps; edm: Karras et al. 2022; edm-x0: the same with a network that "
+        "predicts the clean image; vp, ve: Song et al. 2021's SDEs",
+        choices=f"ddpm {CONTINUOUS}",
     )
     diffusion_steps: int = option(
         1000, "number of timesteps T", only="ddpm", positive=True, most=10**6
@@ -249,10 +254,10 @@ class Config:
         choices="auto even quadratic",
         only="ddpm",
     )
-    sigma_data: float = option(0.5, "standard deviation of the data", only="edm", positive=True)
-    p_mean: float = option(-1.2, "mean of ln sigma in training", only="edm", signed=True)
+    sigma_data: float = option(0.5, "standard deviation of the data", only=EDMS, positive=True)
+    p_mean: float = option(-1.2, "mean of ln sigma in training", only=EDMS, signed=True)
     p_std: float = option(
-        1.2, "standard deviation of ln sigma in training", only="edm", positive=True
+        1.2, "standard deviation of ln sigma in training", only=EDMS, positive=True
     )
     sigma_min: float = option(
         0.002, "the sampler's lowest noise level", only=CONTINUOUS, positive=True
@@ -291,6 +296,9 @@ class Config:
     batch_size: int = option(256, "images per step, over all processes", positive=True, most=2**20)
     micro_batch: int = option(0, "images per forward pass; 0: the process's whole share")
     lr: float = option(1e-4, "learning rate", positive=True)
+    muon_lr: float = option(
+        0.0, "that of Muon for the matrices of the blocks; 0: AdamW trains these, too"
+    )
     lr_rampup_kimg: float = option(0.0, "length of the linear ramp from 0, thousands of images")
     lr_decay: str = option("constant", "cosine: decays to 0 at the end", choices="constant cosine")
     beta2: float = option(0.999, "Adam's second beta; the first is 0.9, eps 1e-8")
@@ -411,6 +419,8 @@ class Config:
                 "--time-in none would hide the label, too; for a network without the time pass "
                 "--time-embedding none"
             )
+        if self.model in TRANSFORMERS.split() and not self.patch_size:
+            yield f"--patch-size is required for {self.model}; give the side of a token in pixels"
         timed = "diffit" in (self.encoder, self.decoder)
         if self.model == "unet" and self.time_in != "qkv" and not timed:
             yield f"--time-in {self.time_in} has no effect unless --encoder or --decoder is diffit"
@@ -560,16 +570,15 @@ def preset(name, source, fid, base={}, **changes):
     SOURCES[name] = source, fid
 
 
-# The built-in run, for two CPU cores. It trains at higher noise than EDM, which forms the outline;
-# with an embed_gain of 1 the tokens start small beside the blocks' output and learning starts late.
+# The built-in run, for two CPU cores: an image-space DiffiT.
 preset(
-    "shapes", "this project", None, data="shapes", num_classes=10, model="diffit",
-    patch_size=4, hidden_size=128, depth=4, num_heads=4, embed_gain=4,
-    process="edm", p_mean=-0.2, p_std=1.0, sigma_min=0.05, sigma_max=10,
-    sampler="dpmpp", sampling_steps=18, clip_denoised=True, cfg_scale=4,
-    kimg=130, batch_size=32, lr=4e-3, lr_rampup_kimg=1, lr_decay="cosine", beta2=0.95,
-    grad_clip=1.0, ema_halflife_kimg=3, ema_rampup=0.1,
-    workers=1, tick_kimg=2, sample_kimg=26, save_kimg=130,
+    "shapes", "this project", None, data="shapes", num_classes=10, model="unet",
+    patch_size=2, channels=(32, 64, 64), blocks=(1, 1, 1), cond_size=64, window=4, mlp_ratio=2,
+    process="edm-x0", p_mean=0.3, p_std=0.9, sigma_min=0.15, sigma_max=10,
+    sampler="dpmpp", sampling_steps=18, clip_denoised=True, cfg_scale=2,
+    kimg=60, batch_size=32, lr=4e-3, muon_lr=0.02, lr_rampup_kimg=1, lr_decay="cosine",
+    beta2=0.95, grad_clip=1.0, ema_halflife_kimg=3, ema_rampup=0.1,
+    workers=1, tick_kimg=2, sample_kimg=20, save_kimg=60,
 )  # fmt: skip
 
 # The built-in kinds of shapes, of which 20 are held out, on two CPU cores. Sets of 3, not of 6,

@@ -812,7 +812,7 @@ class Decoder(nn.Module):
         return x
 
 
-def check_levels(input_size, channels, blocks):
+def check_levels(input_size, channels, blocks, patch_size=1):
     """UserError if a U-Net of these resolutions cannot be built."""
     levels = len(channels)
     if len(blocks) != levels:
@@ -820,9 +820,11 @@ def check_levels(input_size, channels, blocks):
             f"{levels} widths {channels} but {len(blocks)} block counts {blocks}; "
             f"give one of each for every resolution"
         )
-    if input_size % 2 ** (levels - 1):
+    divisor = patch_size * 2 ** (levels - 1)
+    if input_size % divisor:
+        patches = f" of patches of {patch_size}" if patch_size > 1 else ""
         raise UserError(
-            f"{levels} resolutions need a size divisible by {2 ** (levels - 1)}, and {input_size} "
+            f"{levels} resolutions{patches} need a size divisible by {divisor}, and {input_size} "
             f"is not; choose another size or fewer resolutions"
         )
 
@@ -831,9 +833,10 @@ class DiffiTUNet(Network):
     """Image-space DiffiT (Fig. 4, Tables S.2 and S.3): a U-Net of ResBlocks with windowed TMSA.
 
     channels, blocks: the width and the number of ResBlocks of each resolution, finest first; each
-    resolution is half of the one before. window: the side of the attention windows, in tokens (a
-    smaller grid is one window). cond_size: the width of c. block_options: DiffiTBlock's time_in.
-    UserError if the sizes do not divide.
+    resolution is half of the one before. patch_size: side in pixels of the tokens of the finest, in
+    the paper 1; larger ones are cheaper by its square. window: the side of the attention windows,
+    in tokens (a smaller grid is one window). cond_size: the width of c. block_options:
+    DiffiTBlock's time_in. UserError if the sizes do not divide.
 
     The paper's figure, tables and text disagree; here the decoder mirrors the encoder, with blocks
     of its own at the coarsest resolution, the resampling convolutions change the width, and skips
@@ -854,6 +857,7 @@ class DiffiTUNet(Network):
         cond_size: int = 512,
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
+        patch_size: int = 1,
         num_classes: int = 0,
         class_dropout_prob: float = 0.1,
         learn_sigma: bool = False,
@@ -865,7 +869,9 @@ class DiffiTUNet(Network):
         **block_options,
     ):
         super().__init__()
-        check_levels(input_size, channels, blocks)
+        self.patch_size = p = patch_size or 1
+        check_levels(input_size, channels, blocks, p)
+        grid = input_size // p                                          # of the finest resolution
         # Every ResBlock of the network has these.
         options = dict(
             num_heads=num_heads,
@@ -887,13 +893,12 @@ class DiffiTUNet(Network):
             set_depth,
             picture_sizes=(input_size, 2, in_channels, num_heads),      # patches as in ViTEncoder
         )
-        self.tokenizer = nn.Conv2d(in_channels, channels[0], 3, padding=1)
-        self.encoder = self.encoder_class(input_size, channels, blocks, **options)
-        self.decoder = self.decoder_class(
-            input_size, channels, blocks, self.encoder.widths, **options
-        )
+        # 3x3 patches, of which a token is the middle one: with a patch_size of 1 a 3x3 convolution.
+        self.tokenizer = nn.Conv2d(in_channels, channels[0], 3 * p, stride=p, padding=p)
+        self.encoder = self.encoder_class(grid, channels, blocks, **options)
+        self.decoder = self.decoder_class(grid, channels, blocks, self.encoder.widths, **options)
         self.head_norm = group_norm(channels[0])
-        self.head = nn.Conv2d(channels[0], out_channels, 3, padding=1)
+        self.head = nn.Conv2d(channels[0], p * p * out_channels, 3, padding=1)
         self.init_weights()
 
     def init_weights(self):
@@ -905,10 +910,11 @@ class DiffiTUNet(Network):
         self, x: Tensor, t: Tensor, y: Tensor | None = None, augmented: Tensor | None = None
     ) -> Tensor:
         c = self.condition(t, y, augmented)                             # (B, cond_size)
-        x = self.tokenizer(x)                                           # (B, channels[0], H, W)
+        x = self.tokenizer(x)                                           # (B, channels[0], g, g)
         features = self.encoder(x, c)                                   # of each resolution
-        x = self.decoder(features, c)                                   # (B, channels[0], H, W)
-        return self.head(F.silu(self.head_norm(x)))                     # (B, out, H, W)
+        x = self.decoder(features, c)                                   # (B, channels[0], g, g)
+        x = self.head(F.silu(self.head_norm(x)))                        # (B, p*p*out, g, g)
+        return F.pixel_shuffle(x, self.patch_size)                      # (B, out, H, W)
 
 
 # -------------------------------------------------------------------------------------------------

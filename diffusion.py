@@ -2,8 +2,9 @@
 remove it again.
 
 A process is `Diffusion` (DDPM: integer timesteps 0..T-1) or `EDM` (a continuous noise level sigma;
-`VP` and `VE` are EDMs with other coefficients). At each level an image is x = a x0 + s eps, and
-everything below needs only these methods of a process (and heun's churn that a level is a sigma):
+`EDMx0`, `VP` and `VE` are EDMs with other coefficients). At each level an image is x = a x0 + s eps,
+and everything below needs only these methods of a process (and heun's churn that a level is a
+sigma):
 
     draw(B)               random levels (B,) for a training batch: timesteps, or sigmas
     loss(f, x0, level)    what training minimises, for each image
@@ -315,6 +316,16 @@ class EDM:
         return x0, (x - x0) / level, 0.0
 
 
+class EDMx0(EDM):
+    """EDM with a network that predicts the clean image, D(x; sigma) = F(c_in x; c_noise), as in
+    Salimans & Ho 2022. EDM's own F is mostly noise at low sigma, which only a network with room for
+    all of it can return (Li & He 2025, arXiv 2511.13720)."""
+
+    def coefficients(self, sigma):
+        norm = (sigma**2 + self.sigma_data**2).sqrt()
+        return torch.zeros_like(sigma), torch.ones_like(sigma), 1 / norm, sigma.log() / 4
+
+
 class VP(EDM):
     """Song et al. 2021's variance preserving SDE in these terms (EDM Table 1): the network predicts
     eps, t is uniform in [1e-5, 1], and sigma(t)^2 = exp(0.1 t + 19.9 t^2 / 2) - 1."""
@@ -598,5 +609,5 @@ def build(cfg) -> Diffusion | EDM:
         if spacing == "auto":
             spacing = "quadratic" if cfg.sampler == "dpmpp" else "even"
         return Diffusion(cfg.diffusion_steps, cfg.schedule, variance, spacing)
-    process = {"edm": EDM, "vp": VP, "ve": VE}[cfg.process]
+    process = {"edm": EDM, "edm-x0": EDMx0, "vp": VP, "ve": VE}[cfg.process]
     return process(cfg.sigma_data, cfg.p_mean, cfg.p_std, cfg.sigma_min, cfg.sigma_max, cfg.rho)

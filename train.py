@@ -139,15 +139,78 @@ class EMA:
 
 
 # -------------------------------------------------------------------------------------------------
-# The step
+# Optimizers
 
 
-def learning_rate(cfg, images):
-    """In a step that begins after so many images: a linear ramp from 0, then constant or half a
-    cosine down to 0."""
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): momentum, whose singular values are then all made about 1, so that
+    a step moves a matrix as far in its rare directions as in its frequent ones. A convolution is a
+    matrix with a row for each output channel. (torch.optim.Muon takes matrices alone, one by one
+    and always in bf16, which most CPUs are slow at.)"""
+
+    def __init__(self, parameters, lr, weight_decay=0.0, momentum=0.95):
+        super().__init__(parameters, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        (group,) = self.param_groups
+        parameters = group["params"]
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        grads = [p.grad for p in parameters]
+        momenta = [self.state[p]["momentum"] for p in parameters]
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        updates = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov's
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        # Those of one shape together: a few large products are faster than many small ones.
+        by_shape = {}
+        for p, update in zip(parameters, updates):
+            by_shape.setdefault(p.shape, []).append((p, update))
+        for alike in by_shape.values():
+            alike, updates = zip(*alike)
+            updates = torch.stack(updates).flatten(2)  # (n, rows, columns)
+            rows, columns = updates.shape[1:]
+            # Tall matrices make larger outputs of a step of the same size.
+            rate = group["lr"] * math.sqrt(max(1, rows / columns))
+            for p, update in zip(alike, orthogonalize(updates)):
+                p.sub_(update.view_as(p), alpha=rate)
+
+
+def orthogonalize(x, steps=5):
+    """Matrices (n, rows, columns) -> the nearest ones whose singular values are all 1, but for a
+    factor of 0.7 to 1.2: an odd polynomial of x, applied `steps` times, does that to them."""
+    wide = x.shape[1] <= x.shape[2]
+    x = x if wide else x.mT
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)  # no singular value is above 1
+    for _ in range(steps):
+        square = x @ x.mT
+        # a x + b (x x^T) x + c (x x^T)^2 x
+        polynomial = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+    return x.float() if wide else x.float().mT
+
+
+def matrices_of_blocks(model):
+    """The weights of all linear maps and convolutions in the network's blocks."""
+    blocks = [m for m in model.modules() if isinstance(m, (diffit.Block, diffit.ResBlock))]
+    inside = [m for block in blocks for m in block.modules() if isinstance(m, MATRICES)]
+    return list(dict.fromkeys(m.weight for m in inside))
+
+
+MATRICES = (nn.Linear, nn.Conv2d)
+
+
+def schedule(cfg, images):
+    """The share of the learning rate, in a step that begins after so many images: a linear ramp
+    from 0, then constant or half a cosine down to 0."""
     ramp = min(1.0, images / (1000 * cfg.lr_rampup_kimg)) if cfg.lr_rampup_kimg else 1.0
     done = min(1.0, images / (1000 * cfg.kimg)) if cfg.lr_decay == "cosine" else 0.0
-    return cfg.lr * ramp * (0.5 + 0.5 * math.cos(math.pi * done))
+    return ramp * (0.5 + 0.5 * math.cos(math.pi * done))
+
+
+# -------------------------------------------------------------------------------------------------
+# The step
 
 
 class Trainer:
@@ -165,10 +228,13 @@ class Trainer:
         self.parameters = list(self.model.parameters())
         self.averager = GradientAverager(self.parameters)  # from here on, weights are rank 0's
         self.ema = EMA(self.model, cfg)  # a copy, so before blocks are compiled
+        matrices = matrices_of_blocks(self.model) if cfg.muon_lr else []
+        others = [p for p in self.parameters if not any(p is matrix for matrix in matrices)]
         betas = (0.9, cfg.beta2)
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, cfg.lr, betas, 1e-8, cfg.weight_decay, fused=True
-        )
+        adamw = torch.optim.AdamW(others, cfg.lr, betas, 1e-8, cfg.weight_decay, fused=True)
+        self.optimizers = {"optimizer": adamw}
+        if matrices:
+            self.optimizers["muon"] = Muon(matrices, cfg.muon_lr, cfg.weight_decay)
         # fp16 has few exponents: losses are scaled up, so that small gradients do not vanish.
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
         self.process = diffusion.build(cfg)
@@ -198,7 +264,7 @@ class Trainer:
         parts = {
             "model": self.model,
             "ema": self.ema.model,
-            "optimizer": self.optimizer,
+            **self.optimizers,
             "scaler": self.scaler,
             "timesteps": self.timesteps,
         }
@@ -218,7 +284,8 @@ class Trainer:
             columns.append(self.accumulate(x, y, step, k, with_condition))
         self.averager.finish()
         columns = gather_columns(columns)
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers.values():
+            self.scaler.unscale_(optimizer)
         # From here on all processes hold the same numbers, and so take the same decisions.
         norms = self.gradient_norms()
         finite = bool(norms[0].isfinite())  # here, and nowhere else in a step, we wait for the GPU
@@ -231,7 +298,7 @@ class Trainer:
                 torch.nan_to_num_(p.grad, 0.0, 0.0, 0.0)
             self.update(step, self.gradient_norms()[0])
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         return columns, norms if finite else None
 
     def update(self, step, norm):
@@ -239,9 +306,12 @@ class Trainer:
         images = step * self.cfg.batch_size  # seen before this step
         if self.cfg.grad_clip:
             nn.utils.clip_grads_with_norm_(self.parameters, self.cfg.grad_clip, norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.cfg, images)
-        self.optimizer.step()
+        share = schedule(self.cfg, images)
+        for optimizer in self.optimizers.values():
+            (group,) = optimizer.param_groups
+            group["lr"] = share * optimizer.defaults["lr"]
+            with configs.autocast(self.cfg.precision, self.device):  # for Muon's products
+                optimizer.step()
         self.ema.update(images)
 
     def accumulate(self, x, y, step, k, with_condition):
@@ -419,7 +489,8 @@ def restore(trainer, state, path):
     if trainer.device.type == "cpu":
         # These would go on using the file's own memory, and Windows does not replace a mapped file.
         with data.parsing(path, "a whole checkpoint"):
-            state |= copy.deepcopy({name: state[name] for name in ("optimizer", "progress")})
+            mapped = ("progress", *trainer.optimizers)
+            state |= copy.deepcopy({name: state[name] for name in mapped})
     for name, part in trainer.state().items():
         if isinstance(part, nn.Module):
             data.load_weights(part, state[name], path)
@@ -441,21 +512,29 @@ def plain(value):
 
 
 def check_moments(trainer, path):
-    """UserError unless the optimizer has what AdamW keeps of each parameter: nothing yet, or the
-    number of its steps and two moments of its shape."""
-    for name, p in trainer.model.named_parameters():
-        kept = trainer.optimizer.state[p]
-        named = kept.items() if isinstance(kept, dict) else [("nothing", kept)]
-        shapes = {key: getattr(value, "shape", None) for key, value in named}
-        if kept != {} and shapes != {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}:
-            raise UserError(f"{path} is damaged: the optimizer's state of {name} does not fit it")
-        data.check_finite({f"the optimizer's {key} of {name}": t for key, t in kept.items()}, path)
+    """UserError unless the optimizers have what they keep of each parameter: nothing yet, or AdamW
+    the number of its steps and two moments of its shape, Muon one."""
+    names = {p: name for name, p in trainer.model.named_parameters()}
+    for kind, optimizer in trainer.optimizers.items():
+        for p in optimizer.param_groups[0]["params"]:
+            kept = optimizer.state[p]
+            named = kept.items() if isinstance(kept, dict) else [("nothing", kept)]
+            shapes = {key: getattr(value, "shape", None) for key, value in named}
+            expected = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+            if kind == "muon":
+                expected = {"momentum": p.shape}
+            if kept != {} and shapes != expected:
+                raise UserError(
+                    f"{path} is damaged: the optimizer's state of {names[p]} does not fit it"
+                )
+            found = {f"the optimizer's {key} of {names[p]}": t for key, t in kept.items()}
+            data.check_finite(found, path)
 
 
 def describe_new_rate(before, cfg, step):
     """A longer --kimg stretches the cosine, so that the rate goes up again; say so."""
     images = step * cfg.batch_size
-    old, new = learning_rate(before, images), learning_rate(cfg, images)
+    old, new = (c.lr * schedule(c, images) for c in (before, cfg))
     if new > 1.05 * old and rank_and_size()[0] == 0:
         say(
             f"the learning rate goes back up from {old:.2e} to {new:.2e}: --lr-decay cosine now "
@@ -735,7 +814,7 @@ class Progress:
             "step": done,
             "kimg": done * cfg.batch_size / 1000,
             **self.means(trainer.part_names),
-            "lr": learning_rate(cfg, (done - 1) * cfg.batch_size),
+            "lr": cfg.lr * schedule(cfg, (done - 1) * cfg.batch_size),
             "skipped": self.skipped,
             "unreadable": len(self.unreadable.found),
             "data_wait": round(self.wait_seconds / seconds, 4),
