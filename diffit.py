@@ -79,8 +79,8 @@ class DDPMppEmbedder(TimestepEmbedder):
 
 
 class FourierEmbedder(TimestepEmbedder):
-    """TimestepEmbedder with random, fixed frequencies (Tancik et al. 2020; DiffiT Table 8): normal, of
-    standard deviation 16, as in EDM for ln(sigma) / 4."""
+    """TimestepEmbedder with random, fixed frequencies (Tancik et al. 2020; DiffiT Table 8): normal,
+    of standard deviation 16, as in EDM for ln(sigma) / 4."""
 
     def __init__(self, dim, sinusoids=256):
         super().__init__(dim, sinusoids)

@@ -2,9 +2,9 @@
 remove it again.
 
 A process is `Diffusion` (DDPM: integer timesteps 0..T-1) or `EDM` (a continuous noise level sigma;
-`EDMx0`, `VP` and `VE` are EDMs with other coefficients). At each level an image is x = a x0 + s eps,
-and everything below needs only these methods of a process (and heun's churn that a level is a
-sigma):
+`EDMx0`, `VP` and `VE` are EDMs with other coefficients). At each level an image is x = a x0 +
+s eps, and everything below needs only these methods of a process (and heun's churn that a level is
+a sigma):
 
     draw(B)               random levels (B,) for a training batch: timesteps, or sigmas
     loss(f, x0, level)    what training minimises, for each image
@@ -171,8 +171,8 @@ class Diffusion:
         copied to the device once."""
         key = name, x.dtype, x.device
         if key not in self.copies:
-            table = torch.from_numpy(getattr(self, name)).to(x.dtype)   # before: not all have float64
-            self.copies[key] = table.to(x.device)
+            # In two steps, since not all devices have float64.
+            self.copies[key] = torch.from_numpy(getattr(self, name)).to(x.dtype).to(x.device)
         return self.copies[key][t].view(-1, *[1] * (x.dim() - 1))
 
 

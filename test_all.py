@@ -926,6 +926,23 @@ def test_resblock_is_equations_9_and_10():
     close(block(x, c), tokens.transpose(1, 2).view(2, 12, 4, 4) + shortcut, 1e-12)
 
 
+def test_a_unet_on_patches_is_one_on_their_pixels():
+    """Patches of 2 x 2 pixels are 12 channels of an image half as large."""
+    sizes = dict(channels=(8, 8), blocks=(1, 1), num_heads=2, window=4, cond_size=16, num_classes=3)
+    patched = varied(diffit.DiffiTUNet(16, 3, patch_size=2, **sizes))
+    plain = diffit.DiffiTUNet(8, 12, **sizes).eval()
+    state = patched.state_dict()
+    state["tokenizer.weight"] = F.pixel_unshuffle(state["tokenizer.weight"], 2)
+    plain.load_state_dict(state)
+    x = torch.randn(2, 3, 16, 16)
+    t = torch.tensor([-0.3, 0.4])
+    y = torch.tensor([1, 3])
+    with torch.no_grad():
+        expected = F.pixel_shuffle(plain(F.pixel_unshuffle(x, 2), t, y), 2)
+        close(patched(x, t, y), expected, 1e-5)
+    refused(lambda: diffit.DiffiTUNet(18, 3, patch_size=2, **sizes), "patches of 2", "by 4", "18")
+
+
 def test_ddpmpp_has_its_own_frequencies():
     """From 1 to 1 / 10000, both included (Song et al. 2021), where ADM's and DiT's end before."""
     with_ends = diffit.DDPMppEmbedder(8, 16).frequencies("cpu")
@@ -1132,7 +1149,9 @@ def test_golden_edm():
     E = unit("m:E", 3, 3)
 
     def net(x, t):
-        return torch.tanh(torch.einsum("oc,bchw->bohw", E, x) + torch.as_tensor(t).view(-1, 1, 1, 1))
+        return torch.tanh(
+            torch.einsum("oc,bchw->bohw", E, x) + torch.as_tensor(t).view(-1, 1, 1, 1)
+        )
 
     levels = process.levels(18)
     close(levels[::4], gold["sigmas"], 1e-12, "sigmas")
@@ -1573,7 +1592,7 @@ def test_vp_and_ve_match_the_papers():
     close((1 / abar - 1).sqrt().log(), vp.sigma(t).log(), 1e-6)
     close(vp.time(vp.sigma(t)), t, 1e-9)
     mixture = Mixture()
-    for process in (vp, ve, EDM()):
+    for process in (vp, ve, EDM(), diffusion.EDMx0()):
         sigma = torch.tensor([0.03, 0.5, 7.0, 60.0]).double()
         c_noise = process.coefficients(sigma)[3]
         back = torch.tensor([process.noise_level(t.item()) for t in c_noise])
@@ -1582,6 +1601,11 @@ def test_vp_and_ve_match_the_papers():
         found = process.denoise(mixture.network(process), x, 0.4)
         close(found, mixture.denoise(x, 1.0, 0.4), 1e-6)
         assert distance(process, diffusion.heun, 40, points=300) < 0.01
+    x = unit("x0", 2, 3, 4, 4)
+    sigma = torch.tensor([0.3, 5.0]).double()
+    losses = diffusion.EDMx0().loss(lambda x, t: 0 * x + 0.1, x, sigma)
+    close(losses["mse"], ((x - 0.1) ** 2).mean((1, 2, 3)), 1e-12, "F is the image")
+    close(losses["loss"] / losses["mse"], EDM().weight(sigma), 1e-12)
     torch.manual_seed(0)
     times = vp.time(vp.draw(50_000))
     close([times.mean(), times.std()], [0.5, 1 / math.sqrt(12)], 0.01)
@@ -3406,8 +3430,8 @@ def test_ema():
 
 
 def test_muon_takes_steps_of_equal_size_in_all_directions():
-    """Of a matrix U S V^T five steps of Newton-Schulz leave U S' V^T with all of S' near 1, whatever
-    S; the step is that of its momentum, longer for tall matrices, and the same alone as among
+    """Of a matrix U S V^T five steps of Newton-Schulz leave U S' V^T with all of S' near 1,
+    whatever S; the step is that of its momentum, longer for tall matrices, the same alone as among
     others."""
     torch.manual_seed(0)
     for shape in [(24, 24), (40, 24), (24, 40)]:
@@ -3415,7 +3439,9 @@ def test_muon_takes_steps_of_equal_size_in_all_directions():
         sizes = torch.logspace(0, -2, 24)
         found = train.orthogonalize(u * sizes @ v)
         inside = u.mT @ found @ v.mT
-        close(inside, torch.diag_embed(inside.diagonal(dim1=1, dim2=2)), 2e-4, "the same directions")
+        close(
+            inside, torch.diag_embed(inside.diagonal(dim1=1, dim2=2)), 2e-4, "the same directions"
+        )
         values = inside.diagonal(dim1=1, dim2=2)
         assert 0.65 < values.min() and values.max() < 1.25, values
     weights = [torch.randn(shape) for shape in [(6, 4), (4, 6), (6, 4), (6, 2, 3, 3)]]
