@@ -581,9 +581,9 @@ preset(
     patch_size=2, channels=(32, 64, 64), blocks=(1, 1, 1), cond_size=64, window=4, mlp_ratio=2,
     process="edm-x0", p_mean=0.3, p_std=0.9, sigma_min=0.15, sigma_max=10,
     sampler="dpmpp", sampling_steps=18, clip_denoised=True, cfg_scale=2,
-    kimg=50, batch_size=32, lr=4e-3, muon_lr=0.02, lr_rampup_kimg=1, lr_decay="cosine",
+    kimg=40, batch_size=32, lr=4e-3, muon_lr=0.02, lr_rampup_kimg=1, lr_decay="cosine",
     beta2=0.95, grad_clip=1.0, ema_halflife_kimg=3, ema_rampup=0.1,
-    workers=1, tick_kimg=2, sample_kimg=25, save_kimg=50,
+    workers=1, tick_kimg=2, sample_kimg=20, save_kimg=40,
 )  # fmt: skip
 
 # The built-in kinds of shapes, of which 20 are held out, on two CPU cores. Sets of 3, not of 6,
