@@ -730,8 +730,8 @@ CIFAR100_SIZES = [(450, 6, 9), (384, 12, 6), (440, 6, 8), (420, 6, 6), (512, 4, 
 for width, depth, heads in CIFAR100_SIZES:
     preset(f"cifar100-{width}x{depth}", "this project", None, model="dit", num_classes=100,
            learn_sigma=True, patch_size=2, hidden_size=width, depth=depth, num_heads=heads,
-           clip_denoised=True, ema_decay=0.9999, xflip=True, lr=1e-4, kimg=102_400, workers=4,
-           tick_kimg=50, sample_kimg=1000, save_kimg=5000)
+           sampler="dpmpp", sampling_steps=40, clip_denoised=True, ema_decay=0.9999, xflip=True,
+           lr=1e-4, kimg=102_400, workers=4, tick_kimg=50, sample_kimg=1000, save_kimg=5000)
 
 # The same sizes, conditioned on five pictures of a class that it never saw (Giannone et al. 2022;
 # the recipe of the DiTs that followed it: 300k steps of 32 sets): by a vector, or with -lag by
