@@ -297,7 +297,9 @@ class Config:
     micro_batch: int = option(0, "images per forward pass; 0: the process's whole share")
     lr: float = option(1e-4, "learning rate", positive=True)
     muon_lr: float = option(
-        0.0, "that of Muon for the matrices of the blocks; 0: AdamW trains these, too"
+        0.0,
+        "that of Muon for the matrices of the blocks, also in their --weight-decay; 0: AdamW "
+        "trains these, too",
     )
     lr_rampup_kimg: float = option(0.0, "length of the linear ramp from 0, thousands of images")
     lr_decay: str = option("constant", "cosine: decays to 0 at the end", choices="constant cosine")
@@ -305,9 +307,10 @@ class Config:
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay")
     loss_reduction: str = option(
         "mean",
-        "of an image's pixels; sum: as in EDM, whose gradients have that scale beside Adam's eps "
-        "(the log has means)",
+        "over an image; sum: as in EDM, so that gradients, their norms and --grad-clip have that "
+        "scale, also beside Adam's eps (the log has mean losses)",
         choices="mean sum",
+        only=EDMS,
     )
     grad_clip: float = option(0.0, "largest norm of the gradient; 0: no limit")
     nonfinite_grads: str = option(
@@ -421,7 +424,8 @@ class Config:
                 "--time-embedding none"
             )
         if self.model in TRANSFORMERS.split() and not self.patch_size:
-            yield f"--patch-size is required for {self.model}; give a number"
+            here = f"{self.model} with {self.process}"
+            yield f"--patch-size is required for {here}; give a number"
         timed = "diffit" in (self.encoder, self.decoder)
         if self.model == "unet" and self.time_in != "qkv" and not timed:
             yield f"--time-in {self.time_in} has no effect unless --encoder or --decoder is diffit"
@@ -573,9 +577,9 @@ def preset(name, source, fid, base={}, **changes):
 
 
 # The built-in run, for minutes on two CPU cores: an image-space DiffiT. Its convolutions draw edges
-# across patches. The network predicts the image, since one so narrow has no room for the noise; it
-# trains where there is much noise, which forms the outline, and not below 0.15, from where flat
-# shapes are clean in one step. Muon needs half of AdamW's images.
+# across patches. The network predicts the image, since one so narrow has no room for the noise. It
+# trains at high noise, which forms the outline; the sampler stops at a sigma of 0.15, from where
+# flat shapes are clean in one step. Muon needs less than half of AdamW's images.
 preset(
     "shapes", "this project", None, data="shapes", num_classes=10, model="unet",
     patch_size=2, channels=(32, 64, 64), blocks=(1, 1, 1), cond_size=64, window=4, mlp_ratio=2,
@@ -766,9 +770,9 @@ preset("cifar100-450x6-set-lag", "Few-Shot Diffusion Models", None,
 
 def config_from_preset(name, given):
     """The preset with the fields that were given (a dict). A field that the preset set for another
-    network or process, and that the given ones make meaningless, falls back to its default; so does
-    another condition than the given one, and guidance without any. UserError for an unknown preset
-    or values that do not fit."""
+    network or process, and that the given ones make meaningless, falls back to its default; so do
+    its patches between a transformer and a U-Net, another condition than the given one, and
+    guidance without any. UserError for an unknown preset or values that do not fit."""
     if name not in PRESETS:
         raise UserError(
             f"unknown preset {short(name)}{nearest(name, PRESETS)} (python configs.py lists them)"
@@ -778,6 +782,9 @@ def config_from_preset(name, given):
         used = applies(field, values["model"], values["process"])
         if not used and field.name not in given:
             values[field.name] = field.default
+    kinds = [model in TRANSFORMERS.split() for model in (PRESETS[name].model, values["model"])]
+    if kinds[0] != kinds[1] and "patch_size" not in given:
+        values["patch_size"] = 0
     # What a network is conditioned on takes the place of what its preset had.
     chosen = [field for field in CONDITIONS if given.get(field)]
     for field in CONDITIONS:
@@ -1109,10 +1116,11 @@ def default_device():
 
 
 def to_device(x, device):
-    """x there; neither the program nor a GPU waits for the copy."""
-    if device.type == "cuda":
-        x = x.pin_memory()  # without it the copy would have to end first
-    return x.to(device, non_blocking=True)
+    """x there; neither the program nor an NVIDIA GPU waits for the copy."""
+    if device.type != "cuda":
+        return x.to(device)  # Apple's GPUs may read memory that is free by then
+    # Memory that is not pinned would have to be read before this returns.
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def has_float64(device):

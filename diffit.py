@@ -869,7 +869,8 @@ class DiffiTUNet(Network):
         **block_options,
     ):
         super().__init__()
-        self.patch_size = p = patch_size or 1
+        self.patch_size = patch_size or 1
+        p = self.patch_size
         check_levels(input_size, channels, blocks, p)
         grid = input_size // p                                          # of the finest resolution
         # Every ResBlock of the network has these.
@@ -1381,7 +1382,7 @@ def measure(cfg) -> tuple[int, float, int]:
             model(x, t)
     trained = sum(p.numel() for p in model.parameters())                # not buffers
     multiply_adds = counter.get_total_flops() / 2                       # which it counts twice
-    tokens = (cfg.input_size // (cfg.patch_size or 1)) ** 2             # in a U-Net: pixels
+    tokens = (cfg.input_size // (cfg.patch_size or 1)) ** 2             # of a U-Net the finest
     return trained, multiply_adds, tokens
 
 

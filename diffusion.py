@@ -122,7 +122,8 @@ class Diffusion:
         if self.spacing == "quadratic":
             # Denser towards the clean image, where sigma changes most from one timestep to the next
             # (DDIM, App. D.2); max keeps them apart.
-            times = [max(i, round(t**2 / (self.T - 1))) for i, t in enumerate(times)]
+            last = max(self.T - 1, 1)
+            times = [max(i, round(t**2 / last)) for i, t in enumerate(times)]
         return times[::-1]
 
     def scales(self, level):
@@ -260,7 +261,7 @@ class EDM:
         return math.exp(4 * t)
 
     def weight(self, sigma):
-        """Of the squared error of D, in the loss: 1 / c_out^2."""
+        """Of the squared error of D, in the loss; in EDM itself 1 / c_out^2."""
         return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
 
     # ---- training
@@ -318,8 +319,8 @@ class EDM:
 
 class EDMx0(EDM):
     """EDM with a network that predicts the clean image, D(x; sigma) = F(c_in x; c_noise), as in
-    Salimans & Ho 2022. EDM's own F is mostly noise at low sigma, which only a network with room for
-    all of it can return (Li & He 2025, arXiv 2511.13720)."""
+    Salimans & Ho 2022; the loss is EDM's. EDM's own F is mostly noise at low sigma, which only a
+    network with room for all of it can return (Li & He 2025, arXiv 2511.13720)."""
 
     def coefficients(self, sigma):
         norm = (sigma**2 + self.sigma_data**2).sqrt()
@@ -418,7 +419,7 @@ def guided(
 
 
 def scale_at(scale, t):
-    """A number, or a function of t."""
+    """The scale at t, of a number or of a function of t."""
     return scale(t) if callable(scale) else scale
 
 
@@ -533,10 +534,10 @@ def heun(
 @torch.no_grad()
 def dpmpp(process, f: Predictor, x: Tensor, levels: list, *, clip=False, watch=None) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, alg. 2): second order by remembering the last x0, one call
-    a step; first order in the first step and in the last, which goes to s = 0. A step far longer
-    than the last one extrapolates less than theirs does, and so does not overshoot: on linear
-    timesteps the one to t = 0 is six times as long in log-SNR, and with 10 to 40 steps the error
-    would be four to eight times as large."""
+    a step; first order in the first step and in the last, which goes to s = 0. A step that is
+    longer than the last one extrapolates no further than if they were equal. Theirs does, and
+    overshoots where timesteps are even: the one to t = 0 is six times as long in log-SNR, and the
+    error of 10 to 40 steps four to eight times as large."""
     last, last_h = None, None
     for level, a, s, a_next, s_next in steps(process, levels):
         if watch:

@@ -3137,12 +3137,20 @@ def test_flags_change_presets():
     given = {"model": "unet", "channels": (8, 8), "blocks": (1, 1)}
     unet = configs.config_from_preset("shapes", given)
     assert (unet.hidden_size, unet.depth, unet.data) == (0, 0, "shapes")
+    assert configs.config_from_preset("dit-s-4", {**given, "cond_size": 8}).patch_size == 0
+    summed = configs.config_from_preset("cifar10", {"process": "vp"})
+    assert summed.loss_reduction == "mean", "for EDM alone"
     assert configs.config_from_preset("shapes", {"num_classes": 0}).cfg_scale == 1
     assert configs.numbers("4,4,0.5") == (4, 4, 0.5)
     assert isinstance(configs.numbers("4")[0], int)
     for given, words in [
         ({"hidden_size": 7.5e400}, ["--hidden-size"]),
         ({"depth": 8}, ["--depth", "diffit and dit", "unet"]),
+        ({"model": "dit"}, ["--hidden-size is required for dit with edm-x0"]),
+        (
+            {"model": "dit", "hidden_size": 8, "depth": 1, "num_heads": 2},
+            ["--patch-size is required for dit with edm-x0"],
+        ),
         ({"lr": -1.0}, ["--lr -1.0"]),
         ({"sampler": "dpmp"}, ["dpmp", "did you mean dpmpp"]),
         ({"batch_size": 64, "micro_batch": 7}, ["7", "64"]),
@@ -3444,7 +3452,8 @@ def test_muon_takes_steps_of_equal_size_in_all_directions():
         )
         values = inside.diagonal(dim1=1, dim2=2)
         assert 0.65 < values.min() and values.max() < 1.25, values
-    weights = [torch.randn(shape) for shape in [(6, 4), (4, 6), (6, 4), (6, 2, 3, 3)]]
+    shapes = [(6, 4), (4, 6), (6, 4), (6, 2, 3, 3), (40, 2, 3, 3)]
+    weights = [torch.randn(shape) for shape in shapes]
     parameters = [nn.Parameter(w.clone()) for w in weights]
     muon = train.Muon(parameters, lr=0.1, weight_decay=0.5)
     momenta = [torch.zeros_like(w) for w in weights]
@@ -3457,7 +3466,7 @@ def test_muon_takes_steps_of_equal_size_in_all_directions():
             update = (0.05 * p.grad + 0.95 * m).flatten(1)  # with Nesterov's look ahead
             rows, columns = update.shape
             update = train.orthogonalize(update[None])[0] * math.sqrt(max(1, rows / columns))
-            w.mul_(1 - 0.1 * 0.5).sub_(0.1 * update.view_as(w))
+            w.mul_(1 - 0.1 * 0.5).sub_(0.1 * update.reshape(w.shape))
     for w, p in zip(weights, parameters):
         close(p.detach(), w, 1e-5)
 
@@ -3480,10 +3489,10 @@ def test_muon_trains_the_matrices_of_blocks():
 def test_learning_rate():
     cfg = dataclasses.replace(configs.PRESETS["shapes"], lr=2.0, kimg=100)
     ramp = dataclasses.replace(cfg, lr_rampup_kimg=10, lr_decay="constant")
-    found = [ramp.lr * train.schedule(ramp, n) for n in (0, 2500, 10_000, 90_000)]
+    found = [ramp.lr * train.rate_share(ramp, n) for n in (0, 2500, 10_000, 90_000)]
     close(found, [0, 0.5, 2, 2], 1e-12)
     cosine = dataclasses.replace(cfg, lr_rampup_kimg=0.0, lr_decay="cosine")
-    found = [cosine.lr * train.schedule(cosine, n) for n in (0, 25_000, 50_000, 100_000)]
+    found = [cosine.lr * train.rate_share(cosine, n) for n in (0, 25_000, 50_000, 100_000)]
     close(found, [2, 1 + math.sqrt(0.5), 1, 0], 1e-12)
     for kimg, batch_size, steps in [(0.08, 8, 10), (0.081, 8, 11), (0.07, 10, 7), (1e-6, 8, 1)]:
         length = dataclasses.replace(cfg, kimg=kimg, batch_size=batch_size)
@@ -3615,6 +3624,9 @@ def test_fp16_scales_its_losses():
         losses = [[entry["loss"] for entry in log_of(root / name)] for name in ("fp16", "fp32")]
         assert losses[1][-1] < 0.9 * losses[1][0], losses
         close(losses[0][-1], losses[1][-1], 0.03)
+        # A sum is thousands of times larger, and must not overflow the more often.
+        summed = tiny_run(root / "sum", "--precision", "fp16", "--loss-reduction", "sum")
+        assert summed["progress"]["skipped"] == 0 and summed["scaler"]["scale"] < 100
 
 
 def test_bench_says_how_fast():

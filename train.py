@@ -145,8 +145,9 @@ class EMA:
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): momentum, whose singular values are then all made about 1, so that
     a step moves a matrix as far in its rare directions as in its frequent ones. A convolution is a
-    matrix with a row for each output channel. (torch.optim.Muon takes matrices alone, one by one
-    and always in bf16, which most CPUs are slow at.)"""
+    matrix with a row for each output channel. Weight decay is decoupled, as AdamW's, and times this
+    lr. (torch.optim.Muon takes matrices alone, one by one and always in bf16, which most CPUs are
+    slow at.)"""
 
     def __init__(self, parameters, lr, weight_decay=0.0, momentum=0.95):
         super().__init__(parameters, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -174,12 +175,13 @@ class Muon(torch.optim.Optimizer):
             # Tall matrices make larger outputs of a step of the same size.
             rate = group["lr"] * math.sqrt(max(1, rows / columns))
             for p, update in zip(alike, orthogonalize(updates)):
-                p.sub_(update.view_as(p), alpha=rate)
+                p.sub_(update.reshape(p.shape), alpha=rate)
 
 
 def orthogonalize(x, steps=5):
     """Matrices (n, rows, columns) -> the nearest ones whose singular values are all 1, but for a
-    factor of 0.7 to 1.2: an odd polynomial of x, applied `steps` times, does that to them."""
+    factor of 0.7 to 1.2 (those below a 500th of the norm stay smaller): an odd polynomial of x,
+    applied `steps` times, does that to them."""
     wide = x.shape[1] <= x.shape[2]
     x = x if wide else x.mT
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)  # no singular value is above 1
@@ -194,14 +196,12 @@ def orthogonalize(x, steps=5):
 def matrices_of_blocks(model):
     """The weights of all linear maps and convolutions in the network's blocks."""
     blocks = [m for m in model.modules() if isinstance(m, (diffit.Block, diffit.ResBlock))]
-    inside = [m for block in blocks for m in block.modules() if isinstance(m, MATRICES)]
-    return list(dict.fromkeys(m.weight for m in inside))
+    inside = [m for block in blocks for m in block.modules()]
+    weights = [m.weight for m in inside if isinstance(m, (nn.Linear, nn.Conv2d))]
+    return list(dict.fromkeys(weights))  # a ResBlock has a Block inside
 
 
-MATRICES = (nn.Linear, nn.Conv2d)
-
-
-def schedule(cfg, images):
+def rate_share(cfg, images):
     """The share of the learning rate, in a step that begins after so many images: a linear ramp
     from 0, then constant or half a cosine down to 0."""
     ramp = min(1.0, images / (1000 * cfg.lr_rampup_kimg)) if cfg.lr_rampup_kimg else 1.0
@@ -236,7 +236,11 @@ class Trainer:
         if matrices:
             self.optimizers["muon"] = Muon(matrices, cfg.muon_lr, cfg.weight_decay)
         # fp16 has few exponents: losses are scaled up, so that small gradients do not vanish.
-        self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
+        scale = 2.0**16
+        if cfg.loss_reduction == "sum":
+            scale /= cfg.in_channels * cfg.input_size**2
+        fp16 = cfg.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=scale, enabled=fp16)
         self.process = diffusion.build(cfg)
         self.timesteps = None
         if cfg.timesteps == "loss-aware":
@@ -288,9 +292,9 @@ class Trainer:
             self.scaler.unscale_(optimizer)
         # From here on all processes hold the same numbers, and so take the same decisions.
         norms = self.gradient_norms()
-        finite = bool(norms[0].isfinite())  # here, and nowhere else in a step, we wait for the GPU
+        finite = bool(norms[0].isfinite())  # the one place of a step where we wait for the GPU
         if finite:
-            if self.timesteps:
+            if self.timesteps:  # now, while it has nothing else to do
                 self.timesteps.update(columns["t"].long(), columns["loss"])
             self.update(step, norms[0])
         elif cfg.nonfinite_grads == "zero":  # EDM
@@ -306,7 +310,7 @@ class Trainer:
         images = step * self.cfg.batch_size  # seen before this step
         if self.cfg.grad_clip:
             nn.utils.clip_grads_with_norm_(self.parameters, self.cfg.grad_clip, norm)
-        share = schedule(self.cfg, images)
+        share = rate_share(self.cfg, images)
         for optimizer in self.optimizers.values():
             (group,) = optimizer.param_groups
             group["lr"] = share * optimizer.defaults["lr"]
@@ -534,7 +538,7 @@ def check_moments(trainer, path):
 def describe_new_rate(before, cfg, step):
     """A longer --kimg stretches the cosine, so that the rate goes up again; say so."""
     images = step * cfg.batch_size
-    old, new = (c.lr * schedule(c, images) for c in (before, cfg))
+    old, new = (c.lr * rate_share(c, images) for c in (before, cfg))
     if new > 1.05 * old and rank_and_size()[0] == 0:
         say(
             f"the learning rate goes back up from {old:.2e} to {new:.2e}: --lr-decay cosine now "
@@ -814,7 +818,7 @@ class Progress:
             "step": done,
             "kimg": done * cfg.batch_size / 1000,
             **self.means(trainer.part_names),
-            "lr": cfg.lr * schedule(cfg, (done - 1) * cfg.batch_size),
+            "lr": cfg.lr * rate_share(cfg, (done - 1) * cfg.batch_size),
             "skipped": self.skipped,
             "unreadable": len(self.unreadable.found),
             "data_wait": round(self.wait_seconds / seconds, 4),
