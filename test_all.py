@@ -6102,8 +6102,16 @@ def test_steps_do_not_wait_for_the_device():
     latent = dict(SMALL, **small, model="diffit", learn_sigma=True, cfg_scale=4.0)
     unet = dict(small, model="unet", input_size=16, channels=(8, 8), blocks=(1, 1), cond_size=16)
     unet |= dict(window=4, process="edm")
-    with device_without_float64() as device:
-        for fields, sent in [
+
+    def sent(x, device):  # as to CUDA
+        return x.to(device, non_blocking=True)
+
+    with (
+        device_without_float64() as device,
+        patch.object(configs, "to_device", sent),
+        patch.object(data, "to_device", sent),
+    ):
+        for fields, count in [
             (latent, 2),
             (dict(unet, num_classes=2, cfg_scale=2.0), 2),
             # and mirrors, positions, matrices, shifts, labels of the augmentation
@@ -6117,7 +6125,7 @@ def test_steps_do_not_wait_for_the_device():
             trainer.step(0, batches)
             TRAFFIC.clear()
             trainer.step(1, batches)
-            assert TRAFFIC == {"read": 1, "sent": sent}, (fields, TRAFFIC)
+            assert TRAFFIC == {"read": 1, "sent": count}, (fields, TRAFFIC)
         loss_aware = configs.Config(**latent, timesteps="loss-aware")
         trainer = train.Trainer(loss_aware, device)
         batches = itertools.repeat((torch.randn(4, 4, 8, 8), torch.arange(4) % 2, []))
@@ -6733,8 +6741,10 @@ def test_sets_and_tokens_of_latents():
     them."""
     fields = {**LATENT_PRESET, "model": "dit", "num_classes": 0, "set_size": 2, "set_depth": 1}
     fields |= {"holdout": (0, 1)}
-    with folder() as root, preset("tiny", **fields), preset(
-        "told", **{**LATENT_PRESET, "num_classes": 0, "cfg_scale": 1.0}
+    with (
+        folder() as root,
+        preset("tiny", **fields),
+        preset("told", **{**LATENT_PRESET, "num_classes": 0, "cfg_scale": 1.0}),
     ):
         vae = ("--vae", vae_file(root / "v.safetensors"))
         images = all_images(data.Shapes(16, 40))
