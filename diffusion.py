@@ -2,9 +2,8 @@
 remove it again.
 
 A process is `Diffusion` (DDPM: integer timesteps 0..T-1) or `EDM` (a continuous noise level sigma;
-`EDMx0`, `VP` and `VE` are EDMs with other coefficients). At each level an image is x = a x0 +
-s eps, and everything below needs only these methods of a process (and heun's churn that a level is
-a sigma):
+`EDMx0`, `VP` and `VE` are EDMs with other coefficients). An image at a level is x = a x0 + s eps.
+Everything below needs only these methods of a process (and heun's churn that a level is a sigma):
 
     draw(B)               random levels (B,) for a training batch: timesteps, or sigmas
     loss(f, x0, level)    what training minimises, for each image
