@@ -53,6 +53,8 @@ class TimestepEmbedder(nn.Module):
     """t (B,) -> (B, dim): cosines, then sines, of t * 10000^(-i / half) (as in ADM and DiT), then
     an MLP. Always in fp32: in bf16, timesteps 990 to 994 are all 992."""
 
+    with_last = False                                                   # frequency, of 1 / 10000
+
     def __init__(self, dim, sinusoids=256):
         super().__init__()
         self.sinusoids = sinusoids
@@ -67,15 +69,14 @@ class TimestepEmbedder(nn.Module):
 
     def frequencies(self, device):
         half = self.sinusoids // 2                                      # a cosine and a sine each
-        return torch.exp(torch.arange(half, device=device) * (-math.log(10000) / half))
+        steps = half - self.with_last
+        return torch.exp(torch.arange(half, device=device) * (-math.log(10000) / steps))
 
 
 class DDPMppEmbedder(TimestepEmbedder):
     """The same with frequencies from 1 to 1 / 10000, both ends included, as DDPM++ has them."""
 
-    def frequencies(self, device):
-        half = self.sinusoids // 2
-        return torch.exp(torch.arange(half, device=device) * (-math.log(10000) / (half - 1)))
+    with_last = True
 
 
 class FourierEmbedder(TimestepEmbedder):

@@ -322,8 +322,8 @@ class EDMx0(EDM):
     network with room for all of it can return (Li & He 2025, arXiv 2511.13720)."""
 
     def coefficients(self, sigma):
-        norm = (sigma**2 + self.sigma_data**2).sqrt()
-        return torch.zeros_like(sigma), torch.ones_like(sigma), 1 / norm, sigma.log() / 4
+        _, _, c_in, c_noise = super().coefficients(sigma)
+        return torch.zeros_like(sigma), torch.ones_like(sigma), c_in, c_noise
 
 
 class VP(EDM):

@@ -229,7 +229,8 @@ class Trainer:
         self.averager = GradientAverager(self.parameters)  # from here on, weights are rank 0's
         self.ema = EMA(self.model, cfg)  # a copy, so before blocks are compiled
         matrices = matrices_of_blocks(self.model) if cfg.muon_lr else []
-        others = [p for p in self.parameters if not any(p is matrix for matrix in matrices)]
+        muons = set(matrices)
+        others = [p for p in self.parameters if p not in muons]
         betas = (0.9, cfg.beta2)
         adamw = torch.optim.AdamW(others, cfg.lr, betas, 1e-8, cfg.weight_decay, fused=True)
         self.optimizers = {"optimizer": adamw}
